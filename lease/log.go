@@ -1,0 +1,45 @@
+package lease
+
+import "github.com/distlock/distlock/lease/machine"
+
+// Log is the ordered sequence of batches that every replica applies, in the
+// same order, to its Store. The manager is its only proposer on a node.
+//
+// A Log owns the goroutine that applies: it calls Store.Apply for every
+// committed batch, of this node's proposals and of others'.
+type Log interface {
+	// Propose hands over one batch. It does not wait for the disk. done is
+	// called exactly once, on a goroutine of the log's, and must not block:
+	// with the outcome once the batch is committed (on disk, on a quorum) and
+	// applied; with ErrNotLeader when it certainly was not appended; with
+	// ErrOutcomeUnknown when leadership was lost or the log failed with the
+	// batch in flight. Batches of one proposer are applied in the order
+	// proposed. The log keeps no reference to batch after done.
+	Propose(batch machine.Batch, done func(machine.Outcome, error))
+
+	// Confirm calls done(nil) once it is certain that this node still led in
+	// term after Confirm was called, and done(ErrNotLeader) otherwise. A lone
+	// member confirms at once, on the caller's goroutine. done must not block.
+	Confirm(term uint64, done func(error))
+
+	// Leadership reports each change, the present state first. A leadership
+	// is reported only after everything before its term has been applied.
+	// The channel is closed when the log is closed or has failed for good
+	// (Err says which).
+	Leadership() <-chan Leadership
+
+	// Err is why the log stopped; nil while it works and after a clean Close.
+	Err() error
+
+	// Close stops the log. Batches in flight end with ErrOutcomeUnknown.
+	Close() error
+}
+
+// Leadership says whether this node may serve, and where the leader is.
+type Leadership struct {
+	Leader bool
+	Term   uint64
+	// Hint is the client address of the leader when another node leads and
+	// its address is known.
+	Hint string
+}
