@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"time"
-
 )
 
 // Errors of the manager. A refusal by the machine is a *Refusal instead.
@@ -73,4 +72,3 @@ type RangeError struct{ Asked, Oldest uint64 }
 func (e *RangeError) Error() string {
 	return fmt.Sprintf("revision %d is no longer kept, the oldest is %d: list anew and watch from there", e.Asked, e.Oldest)
 }
-

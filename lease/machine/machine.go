@@ -1,9 +1,278 @@
 // Package machine is the pure state machine of distlock: leases, locks,
 // queues, grants and the wait-for graph. It has no clock, no goroutine, no
 // I/O and no randomness: the same batches give the same state, byte for byte.
+//
+// A Machine belongs to one goroutine. Copy gives another goroutine a copy to
+// read, at a cost that does not depend on its size: the tables are
+// copy-on-write, and a record is replaced, never changed, once it is in one.
 package machine
 
-import "fmt"
+import (
+	"sort"
 
-// Error says in one line what was refused and why.
-func (r *Refusal) Error() string { return fmt.Sprintf("%s", r.Reason) }
+	"github.com/tidwall/btree"
+
+	"github.com/distlock/distlock/fence"
+)
+
+// Machine is the replicated state. Apply is its only way to change.
+type Machine struct {
+	tokens   uint64 // highest token minted
+	leaseIDs uint64 // highest lease id minted
+	revision uint64 // of the last event
+	places   uint64 // highest place in a queue given out
+
+	leases   *btree.BTreeG[*lease]       // by id
+	acqs     *btree.BTreeG[*acquisition] // by lease, request
+	locks    *btree.BTreeG[*lock]        // by name
+	holders  *btree.BTreeG[place]        // by lock name, token
+	queues   *btree.BTreeG[place]        // by lock name, place
+	actors   *btree.BTreeG[place]        // waiting acquisitions by actor, place
+	requests *btree.BTreeG[request]      // live leases by the request that made them
+	memory   memory
+
+	// Of the batch being applied.
+	stamp  int64
+	events []Event
+	dirty  []string // locks to look at again once the command is done
+}
+
+// lease is the record of a live lease.
+type lease struct {
+	id       LeaseID
+	ttl      Duration
+	owner    string
+	metadata []Meta
+	since    int64
+	own      bool // made with an acquisition, ends with it
+	request  RequestID
+	after    fence.Token // highest token minted before the lease was made
+	seq      *sequence   // nil until a sequence number is used or a hold forced
+}
+
+// sequence is what a lease remembers of its requests (RIFL).
+type sequence struct {
+	lowest RequestID   // ids below it are refused
+	ended  []RequestID // ids at or above lowest that have ended, sorted
+	forced []forced    // holds force-released under the live lease, oldest first
+}
+
+type forced struct {
+	token fence.Token
+	end   Ended
+}
+
+const (
+	maxOutstanding = 1 << 16 // sequence numbers above a lease's lowest open one
+	maxForced      = 64      // forced holds remembered per lease
+)
+
+// acquisition is one request for locks, waiting (token 0) or granted. It is
+// replaced by a new record at its grant.
+type acquisition struct {
+	lease    LeaseID
+	request  RequestID
+	place    uint64 // in its queues; order of arrival, store-wide
+	token    fence.Token
+	names    []string
+	floors   []fence.Token // by name, when they differ from token
+	clocks   []uint64      // by name, when a lock is declared
+	mode     Mode
+	limit    uint32
+	delay    Duration
+	since    int64
+	actor    string
+	metadata []Meta
+}
+
+// lock is the record of a lock that is held, waited for, delayed or declared.
+type lock struct {
+	name     string
+	holders  int
+	waiters  int
+	shared   int    // holders and waiters in shared mode: while > 0 limit is the lock's
+	limit    uint32 // meaningful while shared > 0
+	mode     Mode   // of the holders, while holders > 0
+	declared bool
+	delays   []Delay
+	clock    uint64
+	expires  int64 // of a declared lock's last grant
+	last     fence.Token
+}
+
+// place is an acquisition's entry in an ordered table: of a lock's holders by
+// token, of its queue or of an actor's waits by place.
+type place struct {
+	key string
+	n   uint64
+	acq *acquisition
+}
+
+type request struct {
+	id    RequestID
+	lease LeaseID
+}
+
+func table[T any](less func(a, b T) bool) *btree.BTreeG[T] {
+	return btree.NewBTreeGOptions(less, btree.Options{NoLocks: true})
+}
+
+func lessPlace(a, b place) bool {
+	if a.key != b.key {
+		return a.key < b.key
+	}
+	return a.n < b.n
+}
+
+func lessAcq(a, b *acquisition) bool {
+	if a.lease != b.lease {
+		return a.lease < b.lease
+	}
+	return a.request < b.request
+}
+
+// New returns an empty machine whose first token and first lease id are the
+// successor of base.
+func New(base uint64) *Machine {
+	return &Machine{
+		tokens: base, leaseIDs: base,
+		leases:   table(func(a, b *lease) bool { return a.id < b.id }),
+		acqs:     table(lessAcq),
+		locks:    table(func(a, b *lock) bool { return a.name < b.name }),
+		holders:  table(lessPlace),
+		queues:   table(lessPlace),
+		actors:   table(lessPlace),
+		requests: table(func(a, b request) bool { return a.id < b.id }),
+		memory:   newMemory(),
+	}
+}
+
+// Copy returns a copy at a cost that does not depend on the size. The copy may
+// be read by other goroutines while the original is changed by its owner.
+func (m *Machine) Copy() *Machine {
+	return &Machine{
+		tokens: m.tokens, leaseIDs: m.leaseIDs, revision: m.revision, places: m.places,
+		leases: m.leases.IsoCopy(), acqs: m.acqs.IsoCopy(), locks: m.locks.IsoCopy(),
+		holders: m.holders.IsoCopy(), queues: m.queues.IsoCopy(), actors: m.actors.IsoCopy(),
+		requests: m.requests.IsoCopy(), memory: m.memory.copy(),
+	}
+}
+
+// Apply executes a batch. It cannot fail: refusals are results. Only the
+// owning goroutine may call it.
+func (m *Machine) Apply(b Batch) Outcome {
+	m.stamp, m.events = b.Stamp, nil
+	results := make([]Result, len(b.Commands))
+	for i, c := range b.Commands {
+		results[i] = m.apply(c, b.Term)
+	}
+	out := Outcome{Results: results, Events: m.events}
+	m.events = nil
+	return out
+}
+
+func (m *Machine) apply(c Command, term uint64) Result {
+	switch c := c.(type) {
+	case *GrantLease:
+		return m.grantLease(c)
+	case *RevokeLease:
+		return m.revokeLease(c)
+	case *ExpireLeases:
+		return m.expireLeases(c, term)
+	case *Acquire:
+		return m.acquire(c)
+	case *Abandon:
+		return m.abandon(c)
+	case *Release:
+		return m.release(c)
+	case *ForceRelease:
+		return m.forceRelease(c)
+	case *EndDelay:
+		return m.endDelay(c)
+	case *Declare:
+		return m.declare(c)
+	case *Undeclare:
+		return m.undeclare(c)
+	case *ReleaseClock:
+		return m.releaseClock(c)
+	case *Forget:
+		m.memory.forget(c.Through)
+		return Result{}
+	}
+	// The decoder lets no other command through, and the set is closed.
+	panic("machine: a command outside the closed set")
+}
+
+// emit reports an event under the next revision and returns that revision.
+func (m *Machine) emit(e Event) uint64 {
+	m.revision++
+	e.Revision, e.Stamp = m.revision, m.stamp
+	m.events = append(m.events, e)
+	return m.revision
+}
+
+func refuse(r Refusal) Result { return Result{Refusal: &r} }
+
+func (m *Machine) lease(id LeaseID) *lease {
+	l, _ := m.leases.Get(&lease{id: id})
+	return l
+}
+
+func (m *Machine) acquisition(id LeaseID, req RequestID) *acquisition {
+	a, _ := m.acqs.Get(&acquisition{lease: id, request: req})
+	return a
+}
+
+func (m *Machine) holder(name string, token fence.Token) *acquisition {
+	p, _ := m.holders.Get(place{key: name, n: uint64(token)})
+	return p.acq
+}
+
+// ofLease returns the lease's acquisitions in order of request.
+func (m *Machine) ofLease(id LeaseID) []*acquisition {
+	var list []*acquisition
+	m.acqs.Ascend(&acquisition{lease: id}, func(a *acquisition) bool {
+		if a.lease != id {
+			return false
+		}
+		list = append(list, a)
+		return true
+	})
+	return list
+}
+
+// byToken sorts acquisitions by token, then place: the order of their events.
+func byToken(list []*acquisition) {
+	sort.Slice(list, func(i, j int) bool {
+		if list[i].token != list[j].token {
+			return list[i].token < list[j].token
+		}
+		return list[i].place < list[j].place
+	})
+}
+
+// editLock returns a copy of the lock to change, or a new one, and puts it in
+// the table. The copy belongs to the caller until the next Copy.
+func (m *Machine) editLock(name string) *lock {
+	old, ok := m.locks.Get(&lock{name: name})
+	fresh := &lock{name: name}
+	if ok {
+		*fresh = *old
+	} else {
+		fresh.last = m.memory.last(name)
+	}
+	m.locks.Set(fresh)
+	return fresh
+}
+
+func (m *Machine) lock(name string) *lock {
+	l, _ := m.locks.Get(&lock{name: name})
+	return l
+}
+
+// dropIfIdle forgets a lock that nothing keeps in existence.
+func (m *Machine) dropIfIdle(l *lock) {
+	if l.holders == 0 && l.waiters == 0 && len(l.delays) == 0 && !l.declared {
+		m.locks.Delete(l)
+	}
+}

@@ -74,6 +74,7 @@ type Refusal struct {
 	Asked      uint32
 	Clock      uint64
 	AskedClock uint64
+	ExpiresAt  int64 // of a declared lock that is held, for display
 	Field      string
 	Explain    []Obstacle // why a request would have to wait
 	Circle     []Link     // the deadlock, link by link, ending where it began
@@ -158,8 +159,8 @@ type Delay struct {
 // Lock is one lock as it stands.
 type Lock struct {
 	Name     string
-	Holders  []Holder // in token order
-	Waiters  []Waiter // in queue order
+	Holders  []Holder // in token order, at most MaxListed
+	Waiters  []Waiter // in queue order, at most MaxListed
 	Delays   []Delay
 	Limit    uint32 // of its shared holders and waiters; 0 for none
 	Declared bool
@@ -168,7 +169,12 @@ type Lock struct {
 	// lock, in nanoseconds since 1970, for display in the original's protocol.
 	ExpiresAt int64
 	Last      fence.Token // last token granted, when known
+	// HolderCount and WaiterCount count all, also those not listed.
+	HolderCount, WaiterCount int
 }
+
+// MaxListed bounds the holders and waiters listed with a lock.
+const MaxListed = 100
 
 // Lease is one lease as it stands.
 type Lease struct {

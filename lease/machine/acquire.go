@@ -1,0 +1,246 @@
+package machine
+
+import (
+	"slices"
+
+	"github.com/distlock/distlock/fence"
+)
+
+func (m *Machine) acquire(c *Acquire) Result {
+	if field := c.invalid(); field != "" {
+		return refuse(Refusal{Reason: ReasonInvalid, Field: field, Lease: c.Lease})
+	}
+	var l *lease
+	if c.Lease == 0 {
+		if r, ok := m.requests.Get(request{id: c.Request}); ok {
+			a := m.acquisition(r.lease, c.Request)
+			return m.again(c, r.lease, a)
+		}
+		if end := m.memory.request(c.Request); end != nil {
+			return refuse(Refusal{Reason: ReasonRequestEnded, Lease: end.lease, Token: end.token, Ended: end.ended()})
+		}
+	} else {
+		if l = m.lease(c.Lease); l == nil {
+			return Result{Refusal: m.leaseGone(c.Lease)}
+		}
+		if l.own {
+			return refuse(Refusal{Reason: ReasonInvalid, Field: "lease_id", Lease: l.id})
+		}
+		if c.Request < AnonymousRequest {
+			l = m.raiseLowest(l, c.LowestOpen)
+			seq := l.sequence()
+			if _, found := slices.BinarySearch(seq.ended, c.Request); found || c.Request < seq.lowest {
+				return refuse(Refusal{Reason: ReasonRequestEnded, Lease: l.id})
+			}
+			if c.Request > seq.lowest+maxOutstanding {
+				return refuse(Refusal{Reason: ReasonInvalid, Field: "request_id", Lease: l.id})
+			}
+		}
+		if a := m.acquisition(l.id, c.Request); a != nil {
+			return m.again(c, l.id, a)
+		}
+	}
+	free := true
+	for _, name := range c.Names {
+		k := m.lock(name)
+		if k == nil {
+			if c.Declared {
+				return m.refuseAcquire(c, l, Refusal{Reason: ReasonLockNotDeclared, Name: name})
+			}
+			continue
+		}
+		if c.Declared && !k.declared {
+			return m.refuseAcquire(c, l, Refusal{Reason: ReasonLockNotDeclared, Name: name})
+		}
+		if c.Mode == Shared && k.shared > 0 && k.limit != c.Limit {
+			return m.refuseAcquire(c, l, Refusal{Reason: ReasonLimitDisagrees, Name: name, Limit: k.limit, Asked: c.Limit})
+		}
+		free = free && k.waiters == 0 && k.admits(c.Mode, c.Limit)
+	}
+	if free && m.tokens >= uint64(fence.MaxToken) {
+		return m.refuseAcquire(c, l, Refusal{Reason: ReasonTokensExhausted, Name: c.Names[0]})
+	}
+	if !free {
+		if !c.Wait {
+			r := Refusal{Reason: ReasonLockHeld, Explain: m.obstacles(c.Names, c.Mode, c.Limit, ^uint64(0))}
+			r.Name = r.Explain[0].Name
+			if k := m.lock(r.Name); k != nil {
+				r.Clock, r.ExpiresAt = k.clock, k.expires
+			}
+			r.Current, _ = m.live(r.Name)
+			return m.refuseAcquire(c, l, r)
+		}
+		if c.Actor != "" {
+			if circle := m.circle(c); circle != nil {
+				return m.refuseAcquire(c, l, Refusal{Reason: ReasonDeadlock, Name: circle[0].Name, Circle: circle})
+			}
+		}
+	}
+	if l == nil {
+		l = m.makeLease(c.Request, c.TTL, c.Owner, nil, true)
+	}
+	m.places++
+	a := &acquisition{
+		lease: l.id, request: c.Request, place: m.places, names: c.Names, mode: c.Mode, limit: c.Limit,
+		delay: c.LockDelay, since: m.stamp, actor: c.Actor, metadata: c.Metadata,
+	}
+	if !free {
+		m.enterQueues(l, a)
+		return Result{Lease: l.id, Waiting: true}
+	}
+	return Result{Lease: l.id, Grant: m.grant(l, a).granted()}
+}
+
+// invalid names the field that no valid request has so; requests are
+// validated upstream, and this keeps the machine's own tables sound.
+func (c *Acquire) invalid() string {
+	switch {
+	case len(c.Names) == 0 || c.Names[0] == "":
+		return "names"
+	case c.Mode != Exclusive && c.Mode != Shared:
+		return "mode"
+	case c.Mode == Exclusive && c.Limit != 0:
+		return "limit"
+	case c.Request == 0:
+		return "request_id"
+	case c.Lease == 0 && c.TTL <= 0:
+		return "ttl"
+	case c.LockDelay < 0:
+		return "lock_delay"
+	}
+	for i := 1; i < len(c.Names); i++ {
+		if c.Names[i-1] >= c.Names[i] {
+			return "names"
+		}
+	}
+	return ""
+}
+
+// refuseAcquire refuses a request and ends its id: a late duplicate that
+// arrives when the lock is free must not be granted either.
+func (m *Machine) refuseAcquire(c *Acquire, l *lease, r Refusal) Result {
+	if l != nil {
+		r.Lease = l.id
+		m.endedUnder(l, c.Request)
+	} else if c.Request < AnonymousRequest {
+		m.memory.remember(past{revision: m.revision, request: c.Request, cause: EndReleased, at: m.stamp})
+	}
+	return refuse(r)
+}
+
+// again answers a repeat of a request that is waiting or granted.
+func (m *Machine) again(c *Acquire, id LeaseID, a *acquisition) Result {
+	if a == nil || !slices.Equal(a.names, c.Names) || a.mode != c.Mode || a.limit != c.Limit {
+		return refuse(Refusal{Reason: ReasonRequestMismatch, Lease: id})
+	}
+	if a.token == 0 {
+		return Result{Lease: id, Waiting: true}
+	}
+	return Result{Lease: id, Grant: a.granted()}
+}
+
+// granted shows a granted acquisition.
+func (a *acquisition) granted() *Grant {
+	g := &Grant{Lease: a.lease, Request: a.request, Token: a.token, Mode: a.mode, Since: a.since}
+	g.Locks = make([]GrantedLock, len(a.names))
+	for i, name := range a.names {
+		g.Locks[i] = GrantedLock{Name: name, Floor: a.floor(i), Clock: a.clock(i)}
+	}
+	return g
+}
+
+func (a *acquisition) floor(i int) fence.Token {
+	if a.floors == nil {
+		return a.token
+	}
+	return a.floors[i]
+}
+
+func (a *acquisition) clock(i int) uint64 {
+	if a.clocks == nil {
+		return 0
+	}
+	return a.clocks[i]
+}
+
+// admits reports whether the lock, queue aside, has room for one more holder.
+func (k *lock) admits(mode Mode, limit uint32) bool {
+	switch {
+	case len(k.delays) > 0:
+		return false
+	case k.holders == 0:
+		return true
+	case mode == Exclusive || k.mode == Exclusive:
+		return false
+	}
+	return limit == 0 || k.holders < int(limit)
+}
+
+// grant gives an acquisition its locks, all of which admit it, under the next
+// token, and returns its new record.
+func (m *Machine) grant(l *lease, waiting *acquisition) *acquisition {
+	m.tokens++
+	fresh := *waiting
+	a := &fresh
+	a.token, a.since = fence.Token(m.tokens), m.stamp
+	for i, name := range a.names {
+		k := m.editLock(name)
+		if k.holders > 0 { // shared with others: the floor is the lowest of them
+			m.holders.Ascend(place{key: name}, func(p place) bool {
+				a.setFloor(i, fence.Token(p.n))
+				return false
+			})
+		}
+		k.holders++
+		k.mode = a.mode
+		if a.mode == Shared {
+			k.shared++
+			k.limit = a.limit
+		}
+		k.last = a.token
+		if k.declared {
+			k.clock++
+			k.expires = m.stamp + int64(l.ttl)
+			a.setClock(i, k.clock)
+		}
+		m.holders.Set(place{name, uint64(a.token), a})
+		m.memory.granted(name, a.token)
+	}
+	m.acqs.Set(a)
+	m.emit(Event{Kind: EventGranted, Lease: l.id, Request: a.request, Owner: l.owner, Token: a.token, Mode: a.mode, Locks: a.granted().Locks, TTL: l.ttl, Own: l.own})
+	return a
+}
+
+func (a *acquisition) setFloor(i int, floor fence.Token) {
+	if a.floors == nil {
+		a.floors = make([]fence.Token, len(a.names))
+		for j := range a.floors {
+			a.floors[j] = a.token
+		}
+	}
+	a.floors[i] = floor
+}
+
+func (a *acquisition) setClock(i int, clock uint64) {
+	if a.clocks == nil {
+		a.clocks = make([]uint64, len(a.names))
+	}
+	a.clocks[i] = clock
+}
+
+// live returns the highest and the lowest token that hold a lock now.
+func (m *Machine) live(name string) (highest, lowest fence.Token) {
+	m.holders.Ascend(place{key: name}, func(p place) bool {
+		if p.key == name {
+			lowest = fence.Token(p.n)
+		}
+		return false
+	})
+	m.holders.Descend(place{key: name, n: ^uint64(0)}, func(p place) bool {
+		if p.key == name {
+			highest = fence.Token(p.n)
+		}
+		return false
+	})
+	return highest, lowest
+}

@@ -1,0 +1,331 @@
+package machine
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/distlock/distlock/fence"
+)
+
+// ErrCorrupt says that bytes are not an encoding this package wrote.
+var ErrCorrupt = errors.New("corrupt encoding")
+
+// ErrUnknownCommand says that a batch has a command, or a form of encoding,
+// that this version does not know. A newer version wrote it: the node must
+// stop rather than diverge from those that know it.
+var ErrUnknownCommand = errors.New("a command of a newer version")
+
+// batchVersion is the first byte of an encoded batch.
+const batchVersion = 1
+
+// The kinds of commands, as encoded. Numbers are never used again.
+const (
+	kindGrantLease = 1 + iota
+	kindRevokeLease
+	kindExpireLeases
+	kindAcquire
+	kindAbandon
+	kindRelease
+	kindForceRelease
+	kindEndDelay
+	kindDeclare
+	kindUndeclare
+	kindReleaseClock
+	kindForget
+)
+
+// AppendBatch appends the encoding of a batch: unsigned varints, and strings
+// with their length before them.
+func AppendBatch(dst []byte, b *Batch) []byte {
+	e := encoder{append(dst, batchVersion)}
+	e.int(b.Stamp)
+	e.uint(uint64(len(b.Commands)))
+	for _, c := range b.Commands {
+		e.command(c)
+	}
+	return e.b
+}
+
+// DecodeBatch is the reverse of AppendBatch. The result shares no memory with
+// src. Errors are ErrCorrupt or ErrUnknownCommand.
+func DecodeBatch(src []byte) (Batch, error) {
+	d := decoder{b: src}
+	if v := d.byte(); d.err == nil && v != batchVersion {
+		return Batch{}, fmt.Errorf("batch version %d: %w", v, ErrUnknownCommand)
+	}
+	b := Batch{Stamp: d.int()}
+	n := d.count(1)
+	b.Commands = make([]Command, 0, n)
+	for range n {
+		c := d.command()
+		if d.err != nil {
+			return Batch{}, d.err
+		}
+		b.Commands = append(b.Commands, c)
+	}
+	if d.err == nil && len(d.b) > 0 {
+		d.err = fmt.Errorf("%d bytes follow the batch: %w", len(d.b), ErrCorrupt)
+	}
+	if d.err != nil {
+		return Batch{}, d.err
+	}
+	return b, nil
+}
+
+func (e *encoder) command(c Command) {
+	switch c := c.(type) {
+	case *GrantLease:
+		e.byte(kindGrantLease)
+		e.uint(uint64(c.Request))
+		e.int(int64(c.TTL))
+		e.string(c.Owner)
+		e.metadata(c.Metadata)
+	case *RevokeLease:
+		e.byte(kindRevokeLease)
+		e.uint(uint64(c.Lease))
+		e.string(c.By)
+	case *ExpireLeases:
+		e.byte(kindExpireLeases)
+		e.uint(c.Term)
+		e.uint(uint64(len(c.Leases)))
+		for _, id := range c.Leases {
+			e.uint(uint64(id))
+		}
+	case *Acquire:
+		e.byte(kindAcquire)
+		e.uint(uint64(c.Lease))
+		e.uint(uint64(c.Request))
+		e.uint(uint64(c.LowestOpen))
+		e.strings(c.Names)
+		e.byte(byte(c.Mode))
+		e.uint(uint64(c.Limit))
+		e.bools(c.Wait, c.Declared)
+		e.int(int64(c.LockDelay))
+		e.string(c.Actor)
+		e.metadata(c.Metadata)
+		e.int(int64(c.TTL))
+		e.string(c.Owner)
+	case *Abandon:
+		e.byte(kindAbandon)
+		e.uint(uint64(c.Lease))
+		e.uint(uint64(c.Request))
+	case *Release:
+		e.byte(kindRelease)
+		e.uint(uint64(c.Lease))
+		e.string(c.Name)
+		e.uint(uint64(c.Token))
+	case *ForceRelease:
+		e.byte(kindForceRelease)
+		e.string(c.Name)
+		e.uint(uint64(c.Token))
+		e.string(c.By)
+	case *EndDelay:
+		e.byte(kindEndDelay)
+		e.string(c.Name)
+		e.uint(c.Delay)
+	case *Declare:
+		e.byte(kindDeclare)
+		e.string(c.Name)
+	case *Undeclare:
+		e.byte(kindUndeclare)
+		e.string(c.Name)
+	case *ReleaseClock:
+		e.byte(kindReleaseClock)
+		e.string(c.Name)
+		e.uint(c.Clock)
+	case *Forget:
+		e.byte(kindForget)
+		e.uint(c.Through)
+	default:
+		panic("machine: a command outside the closed set")
+	}
+}
+
+func (d *decoder) command() Command {
+	switch kind := d.byte(); kind {
+	case kindGrantLease:
+		return &GrantLease{Request: RequestID(d.uint()), TTL: Duration(d.int()), Owner: d.string(), Metadata: d.metadata()}
+	case kindRevokeLease:
+		return &RevokeLease{Lease: LeaseID(d.uint()), By: d.string()}
+	case kindExpireLeases:
+		c := &ExpireLeases{Term: d.uint()}
+		n := d.count(1)
+		c.Leases = make([]LeaseID, 0, n)
+		for range n {
+			c.Leases = append(c.Leases, LeaseID(d.uint()))
+		}
+		return c
+	case kindAcquire:
+		c := &Acquire{Lease: LeaseID(d.uint()), Request: RequestID(d.uint()), LowestOpen: RequestID(d.uint())}
+		c.Names = d.strings()
+		c.Mode = Mode(d.byte())
+		c.Limit = uint32(d.below(1 << 32))
+		c.Wait, c.Declared = d.bools()
+		c.LockDelay = Duration(d.int())
+		c.Actor = d.string()
+		c.Metadata = d.metadata()
+		c.TTL = Duration(d.int())
+		c.Owner = d.string()
+		return c
+	case kindAbandon:
+		return &Abandon{Lease: LeaseID(d.uint()), Request: RequestID(d.uint())}
+	case kindRelease:
+		return &Release{Lease: LeaseID(d.uint()), Name: d.string(), Token: fence.Token(d.uint())}
+	case kindForceRelease:
+		return &ForceRelease{Name: d.string(), Token: fence.Token(d.uint()), By: d.string()}
+	case kindEndDelay:
+		return &EndDelay{Name: d.string(), Delay: d.uint()}
+	case kindDeclare:
+		return &Declare{Name: d.string()}
+	case kindUndeclare:
+		return &Undeclare{Name: d.string()}
+	case kindReleaseClock:
+		return &ReleaseClock{Name: d.string(), Clock: d.uint()}
+	case kindForget:
+		return &Forget{Through: d.uint()}
+	default:
+		if d.err == nil {
+			d.err = fmt.Errorf("command kind %d: %w", kind, ErrUnknownCommand)
+		}
+		return nil
+	}
+}
+
+type encoder struct{ b []byte }
+
+func (e *encoder) byte(v byte)   { e.b = append(e.b, v) }
+func (e *encoder) uint(v uint64) { e.b = binary.AppendUvarint(e.b, v) }
+func (e *encoder) int(v int64)   { e.b = binary.AppendVarint(e.b, v) }
+
+func (e *encoder) string(s string) {
+	e.uint(uint64(len(s)))
+	e.b = append(e.b, s...)
+}
+
+func (e *encoder) strings(list []string) {
+	e.uint(uint64(len(list)))
+	for _, s := range list {
+		e.string(s)
+	}
+}
+
+func (e *encoder) metadata(list []Meta) {
+	e.uint(uint64(len(list)))
+	for _, m := range list {
+		e.string(m.Key)
+		e.string(m.Value)
+	}
+}
+
+func (e *encoder) bools(list ...bool) {
+	var v byte
+	for i, b := range list {
+		if b {
+			v |= 1 << i
+		}
+	}
+	e.byte(v)
+}
+
+// decoder reads what encoder wrote; after an error it returns zeros.
+type decoder struct {
+	b   []byte
+	err error
+}
+
+func (d *decoder) fail(what string) {
+	if d.err == nil {
+		d.err = fmt.Errorf("%s: %w", what, ErrCorrupt)
+	}
+	d.b = nil
+}
+
+func (d *decoder) byte() byte {
+	if len(d.b) == 0 {
+		d.fail("short of a byte")
+		return 0
+	}
+	v := d.b[0]
+	d.b = d.b[1:]
+	return v
+}
+
+func (d *decoder) uint() uint64 {
+	v, n := binary.Uvarint(d.b)
+	if n <= 0 {
+		d.fail("not a number")
+		return 0
+	}
+	d.b = d.b[n:]
+	return v
+}
+
+func (d *decoder) int() int64 {
+	v, n := binary.Varint(d.b)
+	if n <= 0 {
+		d.fail("not a number")
+		return 0
+	}
+	d.b = d.b[n:]
+	return v
+}
+
+func (d *decoder) below(limit uint64) uint64 {
+	v := d.uint()
+	if v >= limit {
+		d.fail("a number out of range")
+		return 0
+	}
+	return v
+}
+
+// count reads the length of a list whose elements take at least size bytes
+// each, so that a forged length cannot make the decoder allocate much.
+func (d *decoder) count(size int) int {
+	v := d.uint()
+	if v > uint64(len(d.b)/size) {
+		d.fail("a list longer than its bytes")
+		return 0
+	}
+	return int(v)
+}
+
+func (d *decoder) string() string {
+	n := d.count(1)
+	s := string(d.b[:n])
+	d.b = d.b[n:]
+	return s
+}
+
+func (d *decoder) strings() []string {
+	n := d.count(1)
+	if n == 0 {
+		return nil
+	}
+	list := make([]string, n)
+	for i := range list {
+		list[i] = d.string()
+	}
+	return list
+}
+
+func (d *decoder) metadata() []Meta {
+	n := d.count(2)
+	if n == 0 {
+		return nil
+	}
+	list := make([]Meta, n)
+	for i := range list {
+		list[i] = Meta{d.string(), d.string()}
+	}
+	return list
+}
+
+func (d *decoder) bools() (a, b bool) {
+	v := d.byte()
+	if v > 3 {
+		d.fail("unknown flags")
+	}
+	return v&1 != 0, v&2 != 0
+}

@@ -1,0 +1,164 @@
+package machine
+
+import (
+	"slices"
+
+	"github.com/distlock/distlock/fence"
+)
+
+func (m *Machine) grantLease(c *GrantLease) Result {
+	if c.TTL <= 0 {
+		return refuse(Refusal{Reason: ReasonInvalid, Field: "ttl"})
+	}
+	if c.Request != 0 {
+		if r, ok := m.requests.Get(request{id: c.Request}); ok {
+			l := m.lease(r.lease)
+			if l.own || l.ttl != c.TTL || l.owner != c.Owner {
+				return refuse(Refusal{Reason: ReasonRequestMismatch, Lease: l.id})
+			}
+			return Result{Lease: l.id}
+		}
+		if end := m.memory.request(c.Request); end != nil {
+			return refuse(Refusal{Reason: ReasonRequestEnded, Lease: end.lease, Ended: end.ended()})
+		}
+	}
+	l := m.makeLease(c.Request, c.TTL, c.Owner, c.Metadata, false)
+	return Result{Lease: l.id}
+}
+
+func (m *Machine) makeLease(req RequestID, ttl Duration, owner string, metadata []Meta, own bool) *lease {
+	m.leaseIDs++
+	l := &lease{
+		id: LeaseID(m.leaseIDs), ttl: ttl, owner: owner, metadata: metadata,
+		since: m.stamp, own: own, request: req, after: fence.Token(m.tokens),
+	}
+	m.leases.Set(l)
+	if req != 0 {
+		m.requests.Set(request{req, l.id})
+	}
+	m.emit(Event{Kind: EventLeaseGranted, Lease: l.id, Request: req, Owner: owner, TTL: ttl, Own: own})
+	return l
+}
+
+func (m *Machine) revokeLease(c *RevokeLease) Result {
+	l := m.lease(c.Lease)
+	if l == nil {
+		if end := m.memory.lease(c.Lease); end != nil && end.cause == EndRevoked {
+			return Result{Lease: c.Lease}
+		}
+		return Result{Refusal: m.leaseGone(c.Lease)}
+	}
+	m.endLease(l, EndRevoked, c.By)
+	m.settle()
+	return Result{Lease: c.Lease}
+}
+
+func (m *Machine) expireLeases(c *ExpireLeases, term uint64) Result {
+	if c.Term != term {
+		return Result{}
+	}
+	// All ends come first: a lock that one of them leaves must not go to a
+	// waiter that another of them takes away.
+	for _, id := range c.Leases {
+		if l := m.lease(id); l != nil {
+			m.endLease(l, EndExpired, "")
+		}
+	}
+	m.settle()
+	return Result{}
+}
+
+// leaseGone says what is remembered of a lease that is not there.
+func (m *Machine) leaseGone(id LeaseID) *Refusal {
+	if end := m.memory.lease(id); end != nil {
+		return &Refusal{Reason: ReasonLeaseEnded, Lease: id, Token: end.token, Ended: end.ended()}
+	}
+	return &Refusal{Reason: ReasonLeaseNotFound, Lease: id}
+}
+
+// endLease ends a lease with everything under it. The caller settles.
+func (m *Machine) endLease(l *lease, cause EndCause, by string) {
+	list := m.ofLease(l.id)
+	byToken(list)
+	for _, a := range list {
+		if a.token == 0 {
+			m.leaveQueues(l, a, cause, by)
+		} else {
+			m.endHold(l, a, cause, by)
+		}
+	}
+	m.dropLease(l, cause, by, list)
+}
+
+// dropLease takes a lease without acquisitions out of the tables. ended are
+// the acquisitions that ended with it.
+func (m *Machine) dropLease(l *lease, cause EndCause, by string, ended []*acquisition) {
+	m.leases.Delete(l)
+	if l.request != 0 {
+		m.requests.Delete(request{id: l.request})
+	}
+	rev := m.emit(Event{Kind: EventLeaseEnded, Lease: l.id, Request: l.request, Owner: l.owner, Cause: cause, By: by, Own: l.own})
+	end := past{revision: rev, lease: l.id, leaseEnd: true, cause: cause, by: by, at: m.stamp}
+	if l.request&AnonymousRequest == 0 {
+		end.request = l.request
+	}
+	if l.own {
+		for _, a := range ended {
+			end.token, end.names = a.token, a.names
+		}
+	}
+	m.memory.remember(end)
+}
+
+// endedUnder marks a sequence number as ended under a live lease, so that a
+// late duplicate is refused.
+func (m *Machine) endedUnder(l *lease, req RequestID) {
+	if l.own || req == 0 || req >= AnonymousRequest {
+		return
+	}
+	seq := l.sequence()
+	at, found := slices.BinarySearch(seq.ended, req)
+	if found || req < seq.lowest {
+		return
+	}
+	seq.ended = slices.Insert(slices.Clone(seq.ended), at, req)
+	m.setSequence(l, seq)
+}
+
+// raiseLowest moves the lowest open sequence number up.
+func (m *Machine) raiseLowest(l *lease, lowest RequestID) *lease {
+	seq := l.sequence()
+	if lowest <= seq.lowest {
+		return l
+	}
+	seq.lowest = lowest
+	at, _ := slices.BinarySearch(seq.ended, lowest)
+	seq.ended = slices.Clone(seq.ended[at:])
+	return m.setSequence(l, seq)
+}
+
+func (l *lease) sequence() sequence {
+	if l.seq == nil {
+		return sequence{}
+	}
+	return *l.seq
+}
+
+func (m *Machine) setSequence(l *lease, seq sequence) *lease {
+	fresh := *l
+	fresh.seq = &seq
+	m.leases.Set(&fresh)
+	return &fresh
+}
+
+// recordForced keeps, on a live lease, that one of its holds was broken.
+func (m *Machine) recordForced(id LeaseID, token fence.Token, end Ended) {
+	l := m.lease(id)
+	seq := l.sequence()
+	list := slices.Clone(seq.forced)
+	if len(list) == maxForced {
+		list = list[1:]
+	}
+	seq.forced = append(list, forced{token, end})
+	m.setSequence(l, seq)
+}

@@ -1,0 +1,158 @@
+package machine
+
+// enterQueues gives an acquisition its place in the queue of each of its
+// locks, in one step: that two such requests enter atomically is why they
+// cannot deadlock each other.
+func (m *Machine) enterQueues(l *lease, a *acquisition) {
+	for _, name := range a.names {
+		k := m.editLock(name)
+		k.waiters++
+		if a.mode == Shared {
+			k.shared++
+			k.limit = a.limit
+		}
+		m.queues.Set(place{name, a.place, a})
+	}
+	if a.actor != "" {
+		m.actors.Set(place{a.actor, a.place, a})
+	}
+	m.acqs.Set(a)
+	m.emit(Event{Kind: EventQueued, Lease: l.id, Request: a.request, Owner: l.owner, Mode: a.mode, Locks: named(a.names)})
+}
+
+// dequeue takes an acquisition out of its queues.
+func (m *Machine) dequeue(a *acquisition) {
+	for _, name := range a.names {
+		k := m.editLock(name)
+		k.waiters--
+		if a.mode == Shared {
+			k.shared--
+		}
+		m.queues.Delete(place{key: name, n: a.place})
+		m.dropIfIdle(k)
+	}
+	if a.actor != "" {
+		m.actors.Delete(place{key: a.actor, n: a.place})
+	}
+}
+
+// leaveQueues ends a waiting acquisition without a grant. The caller settles.
+func (m *Machine) leaveQueues(l *lease, a *acquisition, cause EndCause, by string) {
+	m.dequeue(a)
+	m.acqs.Delete(a)
+	m.dirty = append(m.dirty, a.names...)
+	m.emit(Event{Kind: EventAbandoned, Lease: l.id, Request: a.request, Owner: l.owner, Mode: a.mode, Locks: named(a.names), Cause: cause, By: by})
+}
+
+// endHold ends a granted acquisition. Its locks are delayed if it was lost.
+// The caller settles.
+func (m *Machine) endHold(l *lease, a *acquisition, cause EndCause, by string) {
+	lost := cause != EndReleased
+	for _, name := range a.names {
+		k := m.editLock(name)
+		k.holders--
+		if a.mode == Shared {
+			k.shared--
+		}
+		m.holders.Delete(place{key: name, n: uint64(a.token)})
+		m.dropIfIdle(k)
+	}
+	m.acqs.Delete(a)
+	m.dirty = append(m.dirty, a.names...)
+	rev := m.emit(Event{Kind: EventHoldEnded, Lease: l.id, Request: a.request, Owner: l.owner, Token: a.token, Mode: a.mode, Locks: a.granted().Locks, Cause: cause, By: by, Own: l.own})
+	if lost && a.delay > 0 && cause != EndUndeclared {
+		for _, name := range a.names {
+			m.startDelay(name, a.delay)
+		}
+	}
+	if lost && !l.own {
+		m.memory.remember(past{revision: rev, lease: l.id, token: a.token, names: a.names, cause: cause, by: by, at: m.stamp})
+	}
+}
+
+func (m *Machine) startDelay(name string, d Duration) {
+	// The delay's id is its event's revision: unique, and the same everywhere.
+	delay := Delay{ID: m.revision + 1, Duration: d, Since: m.stamp}
+	k := m.editLock(name)
+	k.delays = append(k.delays[:len(k.delays):len(k.delays)], delay)
+	m.emit(Event{Kind: EventDelayStarted, Locks: named([]string{name}), Delay: delay})
+}
+
+func (m *Machine) endDelay(c *EndDelay) Result {
+	k := m.lock(c.Name)
+	if k == nil {
+		return Result{}
+	}
+	for i, d := range k.delays {
+		if d.ID != c.Delay {
+			continue
+		}
+		fresh := m.editLock(c.Name)
+		fresh.delays = nil
+		fresh.delays = append(append(fresh.delays, k.delays[:i]...), k.delays[i+1:]...)
+		m.dropIfIdle(fresh)
+		m.emit(Event{Kind: EventDelayEnded, Locks: named([]string{c.Name}), Delay: d})
+		m.dirty = append(m.dirty, c.Name)
+		m.settle()
+		break
+	}
+	return Result{}
+}
+
+// settle grants whatever has become grantable at the locks in m.dirty, in the
+// order in which they were touched. A queue moves from its head only: a head
+// that still waits for another lock keeps its place and blocks those behind.
+func (m *Machine) settle() {
+	for i := 0; i < len(m.dirty); i++ {
+		name := m.dirty[i]
+		for {
+			a := m.head(name)
+			if a == nil || !m.grantable(a) {
+				break
+			}
+			m.dequeue(a)
+			m.grant(m.lease(a.lease), a)
+			for _, other := range a.names {
+				if other != name {
+					m.dirty = append(m.dirty, other)
+				}
+			}
+		}
+	}
+	m.dirty = m.dirty[:0]
+}
+
+func (m *Machine) head(name string) (head *acquisition) {
+	if k := m.lock(name); k == nil || k.waiters == 0 {
+		return nil
+	}
+	m.queues.Ascend(place{key: name}, func(p place) bool {
+		if p.key == name {
+			head = p.acq
+		}
+		return false
+	})
+	return head
+}
+
+// grantable reports whether a waiting acquisition is at the head of each of
+// its queues and each lock has room for it.
+func (m *Machine) grantable(a *acquisition) bool {
+	if m.tokens >= maxTokens {
+		return false
+	}
+	for _, name := range a.names {
+		if m.head(name) != a || !m.lock(name).admits(a.mode, a.limit) {
+			return false
+		}
+	}
+	return true
+}
+
+func named(names []string) []GrantedLock {
+	list := make([]GrantedLock, len(names))
+	for i, name := range names {
+		list[i].Name = name
+	}
+	return list
+}

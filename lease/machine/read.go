@@ -1,0 +1,369 @@
+package machine
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/distlock/distlock/fence"
+)
+
+// Revision is that of the last event.
+func (m *Machine) Revision() uint64 { return m.revision }
+
+// LastToken is the highest token minted.
+func (m *Machine) LastToken() fence.Token { return fence.Token(m.tokens) }
+
+// Counts are the sizes of the tables.
+func (m *Machine) Counts() Counts {
+	waiting := 0
+	if n := m.queues.Len(); n > 0 {
+		waiting = n
+	}
+	return Counts{
+		Leases: m.leases.Len(), Locks: m.locks.Len(), Waiters: waiting,
+		Holds: m.holders.Len(), Remembered: m.memory.order.Len(),
+	}
+}
+
+// TTL returns the TTL of a live lease.
+func (m *Machine) TTL(id LeaseID) (Duration, bool) {
+	l := m.lease(id)
+	if l == nil {
+		return 0, false
+	}
+	return l.ttl, true
+}
+
+// Lease shows a live lease.
+func (m *Machine) Lease(id LeaseID) (Lease, bool) {
+	l := m.lease(id)
+	if l == nil {
+		return Lease{}, false
+	}
+	return m.show(l), true
+}
+
+func (m *Machine) show(l *lease) Lease {
+	out := Lease{ID: l.id, TTL: l.ttl, Owner: l.owner, Metadata: l.metadata, Since: l.since, Own: l.own, Request: l.request}
+	list := m.ofLease(l.id)
+	byToken(list)
+	for _, a := range list {
+		if a.token == 0 {
+			out.Waits = append(out.Waits, Wait{Request: a.request, Names: a.names, Mode: a.mode, Since: a.since})
+		} else {
+			out.Holds = append(out.Holds, *a.granted())
+		}
+	}
+	return out
+}
+
+// LeaseGone says what is remembered of a lease that is not live.
+func (m *Machine) LeaseGone(id LeaseID) *Refusal { return m.leaseGone(id) }
+
+// AscendLeases calls fn for the leases with an id above after, in order,
+// until it returns false.
+func (m *Machine) AscendLeases(after LeaseID, fn func(Lease) bool) {
+	m.leases.Ascend(&lease{id: after + 1}, func(l *lease) bool { return fn(m.show(l)) })
+}
+
+// EachLease calls fn for every live lease. own tells that it was made with an
+// acquisition, which request names; waiting that this has not been granted.
+func (m *Machine) EachLease(fn func(id LeaseID, ttl Duration, own, waiting bool, request RequestID) bool) {
+	m.leases.Scan(func(l *lease) bool {
+		waiting := false
+		if l.own {
+			a := m.acquisition(l.id, l.request)
+			waiting = a != nil && a.token == 0
+		}
+		return fn(l.id, l.ttl, l.own, waiting, l.request)
+	})
+}
+
+// EachDelay calls fn for every lock-delay that has not ended.
+func (m *Machine) EachDelay(fn func(name string, d Delay) bool) {
+	m.locks.Scan(func(k *lock) bool {
+		for _, d := range k.delays {
+			if !fn(k.name, d) {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// Find returns an acquisition that waits or is granted. Lease 0 means one
+// with a lease of its own.
+func (m *Machine) Find(id LeaseID, req RequestID) (Result, bool) {
+	if id == 0 {
+		r, ok := m.requests.Get(request{id: req})
+		if !ok {
+			return Result{}, false
+		}
+		id = r.lease
+	}
+	a := m.acquisition(id, req)
+	if a == nil {
+		return Result{}, false
+	}
+	if a.token == 0 {
+		return Result{Lease: id, Waiting: true}, true
+	}
+	return Result{Lease: id, Grant: a.granted()}, true
+}
+
+// Explain says what a waiting acquisition waits for; nil when it does not.
+func (m *Machine) Explain(id LeaseID, req RequestID) []Obstacle {
+	a := m.acquisition(id, req)
+	if a == nil || a.token != 0 {
+		return nil
+	}
+	return m.obstacles(a.names, a.mode, a.limit, a.place)
+}
+
+// obstacles lists what stands between a request and its locks; before is its
+// place in the queues, or the highest number for one that is in none.
+func (m *Machine) obstacles(names []string, mode Mode, limit uint32, before uint64) []Obstacle {
+	var list []Obstacle
+	for _, name := range names {
+		k := m.lock(name)
+		if k == nil {
+			continue
+		}
+		o := Obstacle{Name: name, Delays: k.delays, Limit: limit, HolderCount: k.holders}
+		ahead := 0
+		m.queues.Ascend(place{key: name}, func(p place) bool {
+			if p.key != name || p.n >= before {
+				return false
+			}
+			ahead++
+			if len(o.Ahead) < MaxExplained {
+				o.Ahead = append(o.Ahead, m.showWaiter(p.acq))
+			}
+			return true
+		})
+		if before != ^uint64(0) {
+			o.Position = ahead + 1
+		}
+		if ahead == 0 && k.admits(mode, limit) {
+			continue
+		}
+		m.holders.Ascend(place{key: name}, func(p place) bool {
+			if p.key != name || len(o.Holders) == MaxExplained {
+				return false
+			}
+			o.Holders = append(o.Holders, m.showHolder(name, p.acq))
+			return true
+		})
+		list = append(list, o)
+	}
+	return list
+}
+
+func (m *Machine) showHolder(name string, a *acquisition) Holder {
+	h := Holder{
+		Lease: a.lease, Request: a.request, Token: a.token, Mode: a.mode, Since: a.since,
+		LockDelay: a.delay, Actor: a.actor, Metadata: a.metadata,
+	}
+	if l := m.lease(a.lease); l != nil {
+		h.Owner = l.owner
+	}
+	for i, n := range a.names {
+		if n == name {
+			h.Floor = a.floor(i)
+		}
+	}
+	return h
+}
+
+func (m *Machine) showWaiter(a *acquisition) Waiter {
+	w := Waiter{Lease: a.lease, Request: a.request, Mode: a.mode, Limit: a.limit, Since: a.since, Actor: a.actor, Metadata: a.metadata}
+	if l := m.lease(a.lease); l != nil {
+		w.Owner = l.owner
+	}
+	return w
+}
+
+// Lock shows a lock; false when nothing keeps it in existence.
+func (m *Machine) Lock(name string) (Lock, bool) {
+	k := m.lock(name)
+	if k == nil {
+		return Lock{Name: name, Last: m.memory.last(name)}, false
+	}
+	return m.showLock(k), true
+}
+
+func (m *Machine) showLock(k *lock) Lock {
+	out := Lock{
+		Name: k.name, Delays: k.delays, Declared: k.declared, Clock: k.clock, ExpiresAt: k.expires,
+		Last: k.last, HolderCount: k.holders, WaiterCount: k.waiters,
+	}
+	if k.shared > 0 {
+		out.Limit = k.limit
+	}
+	m.holders.Ascend(place{key: k.name}, func(p place) bool {
+		if p.key != k.name || len(out.Holders) == MaxListed {
+			return false
+		}
+		out.Holders = append(out.Holders, m.showHolder(k.name, p.acq))
+		return true
+	})
+	m.queues.Ascend(place{key: k.name}, func(p place) bool {
+		if p.key != k.name || len(out.Waiters) == MaxListed {
+			return false
+		}
+		out.Waiters = append(out.Waiters, m.showWaiter(p.acq))
+		return true
+	})
+	return out
+}
+
+// AscendLocks calls fn for the locks with a name of at least from, in order,
+// until it returns false.
+func (m *Machine) AscendLocks(from string, fn func(Lock) bool) {
+	m.locks.Ascend(&lock{name: from}, func(k *lock) bool { return fn(m.showLock(k)) })
+}
+
+// Live returns the highest and the lowest token that hold a lock, 0 when it is
+// free; whether token is one of them; and the last one granted, when known.
+func (m *Machine) Live(name string, token fence.Token) (highest, lowest fence.Token, live bool, last fence.Token) {
+	highest, lowest = m.live(name)
+	return highest, lowest, m.holder(name, token) != nil, m.lastOn(name)
+}
+
+// String names the mode.
+func (m Mode) String() string {
+	switch m {
+	case Exclusive:
+		return "exclusive"
+	case Shared:
+		return "shared"
+	}
+	return fmt.Sprintf("mode %d", uint8(m))
+}
+
+// String names the cause.
+func (c EndCause) String() string {
+	switch c {
+	case EndReleased:
+		return "released"
+	case EndExpired:
+		return "expired"
+	case EndRevoked:
+		return "revoked"
+	case EndForceReleased:
+		return "force-released"
+	case EndUndeclared:
+		return "deleted"
+	}
+	return fmt.Sprintf("cause %d", uint8(c))
+}
+
+// String says how something ended, and by whom.
+func (e *Ended) String() string {
+	if e.By != "" {
+		return e.Cause.String() + " by " + e.By
+	}
+	return e.Cause.String()
+}
+
+// Error says in one line what was refused and why.
+func (r *Refusal) Error() string {
+	switch r.Reason {
+	case ReasonLeaseNotFound:
+		return fmt.Sprintf("there is no lease %d", r.Lease)
+	case ReasonLeaseEnded:
+		return fmt.Sprintf("lease %d has ended: %v", r.Lease, r.Ended)
+	case ReasonRequestEnded:
+		return "the request has ended: use a new request id"
+	case ReasonRequestMismatch:
+		return "the request id was used for a different request"
+	case ReasonLockHeld:
+		return fmt.Sprintf("lock %q is not free: %s", r.Name, why(r.Explain))
+	case ReasonLimitDisagrees:
+		return fmt.Sprintf("lock %q is shared with limit %s, the request has limit %s", r.Name, limited(r.Limit), limited(r.Asked))
+	case ReasonDeadlock:
+		return fmt.Sprintf("waiting for lock %q would deadlock: %s", r.Name, circled(r.Circle))
+	case ReasonNotHeld:
+		return r.notHeld()
+	case ReasonLockNotDeclared:
+		return fmt.Sprintf("A lock with key %s does not exist", r.Name)
+	case ReasonLockDeclared:
+		return fmt.Sprintf("A lock with key %s already exists", r.Name)
+	case ReasonClockDisagrees:
+		return fmt.Sprintf("A lock with key %s has clock %d, the release has clock %d", r.Name, r.Clock, r.AskedClock)
+	case ReasonTokensExhausted:
+		return "the store has no tokens left"
+	case ReasonInvalid:
+		return r.Field + " is not valid"
+	}
+	return string(r.Reason)
+}
+
+func (r *Refusal) notHeld() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "token %d does not hold", r.Token)
+	if r.Token == 0 {
+		b.Reset()
+		b.WriteString("nobody holds")
+	}
+	if r.Name != "" {
+		fmt.Fprintf(&b, " lock %q", r.Name)
+	} else {
+		b.WriteString(" a lock")
+	}
+	if r.Ended != nil {
+		fmt.Fprintf(&b, ": %v", r.Ended)
+	}
+	switch {
+	case r.Current != 0:
+		fmt.Fprintf(&b, "; token %d holds it now", r.Current)
+	case r.Since:
+		fmt.Fprintf(&b, "; it was granted since, last with token %d", r.Last)
+	}
+	return b.String()
+}
+
+func limited(n uint32) string {
+	if n == 0 {
+		return "none"
+	}
+	return fmt.Sprint(n)
+}
+
+func why(list []Obstacle) string {
+	if len(list) == 0 {
+		return "it is being granted to another"
+	}
+	o := list[0]
+	switch {
+	case len(o.Holders) > 0:
+		h := o.Holders[0]
+		who := ""
+		if h.Owner != "" {
+			who = " by " + h.Owner
+		}
+		if o.HolderCount > 1 {
+			return fmt.Sprintf("held%s with token %d and %d more", who, h.Token, o.HolderCount-1)
+		}
+		return fmt.Sprintf("held%s with token %d", who, h.Token)
+	case len(o.Delays) > 0:
+		return "its lock-delay has not ended"
+	}
+	return fmt.Sprintf("%d requests are ahead", len(o.Ahead))
+}
+
+func circled(circle []Link) string {
+	parts := make([]string, 0, len(circle))
+	for _, l := range circle {
+		actor := l.Actor
+		if actor == "" {
+			actor = fmt.Sprintf("lease %d", l.Lease)
+		}
+		if l.Name == "" {
+			parts = append(parts, actor)
+			continue
+		}
+		parts = append(parts, fmt.Sprintf("%s waits for %q held or awaited by", actor, l.Name))
+	}
+	return strings.Join(parts, " ")
+}

@@ -1,0 +1,401 @@
+package machine
+
+import (
+	"encoding/binary"
+	"fmt"
+
+	"github.com/distlock/distlock/fence"
+)
+
+// snapshotVersion is the first byte of a snapshot.
+const snapshotVersion = 1
+
+// chunkSize is about how much Snapshot emits at a time.
+const chunkSize = 64 << 10
+
+// A snapshot is a header (version and counters) and then, table by table, the
+// number of records and each record with its length before it. Tables that
+// follow from others (holders, queues, actors, requests, the indexes of the
+// memory) are not written but made anew.
+
+// Snapshot writes the state as versioned bytes, in chunks that are only valid
+// during the call. Equal states are equal bytes. It fails only if emit does.
+func (m *Machine) Snapshot(emit func(chunk []byte) error) error {
+	w := &writer{emit: emit, buf: make([]byte, 0, chunkSize+4096)}
+	w.buf = append(w.buf, snapshotVersion)
+	for _, n := range []uint64{m.tokens, m.leaseIDs, m.revision, m.places, m.memory.count} {
+		w.buf = binary.AppendUvarint(w.buf, n)
+	}
+	w.table(m.leases.Len())
+	m.leases.Scan(func(l *lease) bool { return w.record(l.encode) })
+	w.table(m.acqs.Len())
+	m.acqs.Scan(func(a *acquisition) bool { return w.record(a.encode) })
+	w.table(m.locks.Len())
+	m.locks.Scan(func(k *lock) bool { return w.record(k.encode) })
+	w.table(m.memory.order.Len())
+	m.memory.order.Scan(func(p *past) bool { return w.record(p.encode) })
+	w.table(m.memory.traces.Len())
+	m.memory.traces.Scan(func(t trace) bool { return w.record(t.encode) })
+	return w.flush()
+}
+
+// Restore reads a snapshot through read, which is an io.Reader's Read. It
+// reads no byte past the snapshot's end. Errors are read's own, ErrCorrupt or
+// ErrUnknownCommand (a snapshot of a newer version).
+func Restore(read func(p []byte) (int, error)) (*Machine, error) {
+	r := &reader{read: read}
+	if v := r.byte(); r.err == nil && v != snapshotVersion {
+		return nil, fmt.Errorf("snapshot version %d: %w", v, ErrUnknownCommand)
+	}
+	m := New(0)
+	for _, n := range []*uint64{&m.tokens, &m.leaseIDs, &m.revision, &m.places, &m.memory.count} {
+		*n = r.uint()
+	}
+	r.table(func(d *decoder) {
+		l := decodeLease(d)
+		m.leases.Set(l)
+		if l.request != 0 {
+			m.requests.Set(request{l.request, l.id})
+		}
+	})
+	r.table(func(d *decoder) {
+		a := decodeAcquisition(d)
+		if d.err == nil && m.lease(a.lease) == nil {
+			d.fail("an acquisition without a lease")
+			return
+		}
+		m.acqs.Set(a)
+		for _, name := range a.names {
+			if a.token != 0 {
+				m.holders.Set(place{name, uint64(a.token), a})
+			} else {
+				m.queues.Set(place{name, a.place, a})
+			}
+		}
+		if a.token == 0 && a.actor != "" {
+			m.actors.Set(place{a.actor, a.place, a})
+		}
+	})
+	r.table(func(d *decoder) { m.locks.Set(decodeLock(d)) })
+	r.table(func(d *decoder) {
+		p := decodePast(d)
+		m.memory.order.Set(p)
+		m.memory.index(p)
+	})
+	r.table(func(d *decoder) { m.memory.traces.Set(decodeTrace(d)) })
+	if r.err == nil {
+		r.err = m.check()
+	}
+	if r.err != nil {
+		return nil, fmt.Errorf("restoring a snapshot: %w", r.err)
+	}
+	return m, nil
+}
+
+// check holds the tables that were read against those made anew, so that a
+// damaged snapshot cannot bring a machine up that contradicts itself.
+func (m *Machine) check() error {
+	var err error
+	bad := func(format string, args ...any) bool {
+		err = fmt.Errorf(format+": %w", append(args, ErrCorrupt)...)
+		return false
+	}
+	holders, queued := 0, 0
+	m.locks.Scan(func(k *lock) bool {
+		shared := 0
+		n := 0
+		m.holders.Ascend(place{key: k.name}, func(p place) bool {
+			if p.key != k.name {
+				return false
+			}
+			n++
+			if p.acq.mode == Shared {
+				shared++
+			}
+			if p.acq.mode != k.mode || uint64(p.acq.token) > m.tokens {
+				n = -1 << 30
+			}
+			return true
+		})
+		waiters := 0
+		m.queues.Ascend(place{key: k.name}, func(p place) bool {
+			if p.key != k.name {
+				return false
+			}
+			waiters++
+			if p.acq.mode == Shared {
+				shared++
+			}
+			return true
+		})
+		if n != k.holders || waiters != k.waiters || shared != k.shared || (n > 1 && k.mode != Shared) {
+			return bad("lock %q does not match its holders and waiters", k.name)
+		}
+		holders, queued = holders+n, queued+waiters
+		return true
+	})
+	if err == nil && (holders != m.holders.Len() || queued != m.queues.Len()) {
+		bad("holders or waiters of a lock that is not there")
+	}
+	return err
+}
+
+func (l *lease) encode(e *encoder) {
+	e.uint(uint64(l.id))
+	e.int(int64(l.ttl))
+	e.string(l.owner)
+	e.metadata(l.metadata)
+	e.int(l.since)
+	e.bools(l.own, l.seq != nil)
+	e.uint(uint64(l.request))
+	e.uint(uint64(l.after))
+	if l.seq == nil {
+		return
+	}
+	e.uint(uint64(l.seq.lowest))
+	e.uint(uint64(len(l.seq.ended)))
+	for _, id := range l.seq.ended {
+		e.uint(uint64(id))
+	}
+	e.uint(uint64(len(l.seq.forced)))
+	for _, f := range l.seq.forced {
+		e.uint(uint64(f.token))
+		e.byte(byte(f.end.Cause))
+		e.string(f.end.By)
+		e.int(f.end.At)
+		e.uint(f.end.Revision)
+	}
+}
+
+func decodeLease(d *decoder) *lease {
+	l := &lease{id: LeaseID(d.uint()), ttl: Duration(d.int()), owner: d.string(), metadata: d.metadata(), since: d.int()}
+	own, seq := d.bools()
+	l.own, l.request, l.after = own, RequestID(d.uint()), fence.Token(d.uint())
+	if !seq {
+		return l
+	}
+	l.seq = &sequence{lowest: RequestID(d.uint())}
+	for range d.count(1) {
+		l.seq.ended = append(l.seq.ended, RequestID(d.uint()))
+	}
+	for range d.count(5) {
+		f := forced{token: fence.Token(d.uint())}
+		f.end = Ended{Cause: EndCause(d.byte()), By: d.string(), At: d.int(), Revision: d.uint()}
+		l.seq.forced = append(l.seq.forced, f)
+	}
+	return l
+}
+
+func (a *acquisition) encode(e *encoder) {
+	e.uint(uint64(a.lease))
+	e.uint(uint64(a.request))
+	e.uint(a.place)
+	e.uint(uint64(a.token))
+	e.strings(a.names)
+	e.bools(a.floors != nil, a.clocks != nil)
+	for _, f := range a.floors {
+		e.uint(uint64(f))
+	}
+	for _, c := range a.clocks {
+		e.uint(c)
+	}
+	e.byte(byte(a.mode))
+	e.uint(uint64(a.limit))
+	e.int(int64(a.delay))
+	e.int(a.since)
+	e.string(a.actor)
+	e.metadata(a.metadata)
+}
+
+func decodeAcquisition(d *decoder) *acquisition {
+	a := &acquisition{lease: LeaseID(d.uint()), request: RequestID(d.uint()), place: d.uint(), token: fence.Token(d.uint()), names: d.strings()}
+	floors, clocks := d.bools()
+	if floors {
+		a.floors = make([]fence.Token, len(a.names))
+		for i := range a.floors {
+			a.floors[i] = fence.Token(d.uint())
+		}
+	}
+	if clocks {
+		a.clocks = make([]uint64, len(a.names))
+		for i := range a.clocks {
+			a.clocks[i] = d.uint()
+		}
+	}
+	a.mode, a.limit = Mode(d.byte()), uint32(d.below(1<<32))
+	a.delay, a.since, a.actor, a.metadata = Duration(d.int()), d.int(), d.string(), d.metadata()
+	if a.mode != Exclusive && a.mode != Shared || len(a.names) == 0 {
+		d.fail("an acquisition that cannot be")
+	}
+	return a
+}
+
+func (k *lock) encode(e *encoder) {
+	e.string(k.name)
+	e.uint(uint64(k.holders))
+	e.uint(uint64(k.waiters))
+	e.uint(uint64(k.shared))
+	limit, mode := k.limit, k.mode
+	// What has no meaning is written as nothing: equal states, equal bytes.
+	if k.shared == 0 {
+		limit = 0
+	}
+	if k.holders == 0 {
+		mode = 0
+	}
+	e.uint(uint64(limit))
+	e.byte(byte(mode))
+	e.bools(k.declared)
+	e.uint(uint64(len(k.delays)))
+	for _, d := range k.delays {
+		e.uint(d.ID)
+		e.int(int64(d.Duration))
+		e.int(d.Since)
+	}
+	e.uint(k.clock)
+	e.int(k.expires)
+	e.uint(uint64(k.last))
+}
+
+func decodeLock(d *decoder) *lock {
+	k := &lock{name: d.string(), holders: int(d.below(1 << 31)), waiters: int(d.below(1 << 31)), shared: int(d.below(1 << 31))}
+	k.limit, k.mode = uint32(d.below(1<<32)), Mode(d.byte())
+	k.declared, _ = d.bools()
+	for range d.count(3) {
+		k.delays = append(k.delays, Delay{ID: d.uint(), Duration: Duration(d.int()), Since: d.int()})
+	}
+	k.clock, k.expires, k.last = d.uint(), d.int(), fence.Token(d.uint())
+	return k
+}
+
+func (p *past) encode(e *encoder) {
+	e.uint(p.n)
+	e.uint(p.revision)
+	e.uint(uint64(p.lease))
+	e.bools(p.leaseEnd)
+	e.uint(uint64(p.request))
+	e.uint(uint64(p.token))
+	e.strings(p.names)
+	e.byte(byte(p.cause))
+	e.string(p.by)
+	e.int(p.at)
+}
+
+func decodePast(d *decoder) *past {
+	p := &past{n: d.uint(), revision: d.uint(), lease: LeaseID(d.uint())}
+	p.leaseEnd, _ = d.bools()
+	p.request, p.token, p.names = RequestID(d.uint()), fence.Token(d.uint()), d.strings()
+	p.cause, p.by, p.at = EndCause(d.byte()), d.string(), d.int()
+	return p
+}
+
+func (t trace) encode(e *encoder) {
+	e.string(t.name)
+	e.uint(uint64(t.last))
+	e.uint(uint64(t.refs))
+}
+
+func decodeTrace(d *decoder) trace {
+	return trace{name: d.string(), last: fence.Token(d.uint()), refs: int(d.below(1 << 31))}
+}
+
+// writer gathers records into chunks.
+type writer struct {
+	emit    func([]byte) error
+	buf     []byte
+	scratch encoder
+	err     error
+}
+
+func (w *writer) table(n int) { w.buf = binary.AppendUvarint(w.buf, uint64(n)) }
+
+func (w *writer) record(encode func(*encoder)) bool {
+	w.scratch.b = w.scratch.b[:0]
+	encode(&w.scratch)
+	w.buf = binary.AppendUvarint(w.buf, uint64(len(w.scratch.b)))
+	w.buf = append(w.buf, w.scratch.b...)
+	if len(w.buf) >= chunkSize {
+		w.flush()
+	}
+	return w.err == nil
+}
+
+func (w *writer) flush() error {
+	if w.err == nil && len(w.buf) > 0 {
+		w.err = w.emit(w.buf)
+	}
+	w.buf = w.buf[:0]
+	return w.err
+}
+
+// reader takes a snapshot apart. It never reads ahead, so records are read in
+// two steps: the varint of their length byte by byte, then the bytes.
+type reader struct {
+	read func([]byte) (int, error)
+	err  error
+	one  [1]byte
+	buf  []byte
+}
+
+const maxRecord = 16 << 20
+
+func (r *reader) full(p []byte) {
+	for len(p) > 0 && r.err == nil {
+		n, err := r.read(p)
+		p = p[n:]
+		if err != nil && len(p) > 0 {
+			r.err = err
+		} else if n == 0 && err == nil {
+			r.err = fmt.Errorf("the snapshot is cut short: %w", ErrCorrupt)
+		}
+	}
+}
+
+func (r *reader) byte() byte {
+	r.one[0] = 0
+	r.full(r.one[:])
+	return r.one[0]
+}
+
+func (r *reader) uint() uint64 {
+	var v uint64
+	for shift := 0; shift < 64; shift += 7 {
+		b := r.byte()
+		if r.err != nil {
+			return 0
+		}
+		v |= uint64(b&0x7f) << shift
+		if b < 0x80 {
+			return v
+		}
+	}
+	r.err = fmt.Errorf("not a number: %w", ErrCorrupt)
+	return 0
+}
+
+func (r *reader) table(decode func(*decoder)) {
+	for n := r.uint(); n > 0 && r.err == nil; n-- {
+		size := r.uint()
+		if size > maxRecord {
+			r.err = fmt.Errorf("a record of %d bytes: %w", size, ErrCorrupt)
+		}
+		if r.err != nil {
+			return
+		}
+		if uint64(cap(r.buf)) < size {
+			r.buf = make([]byte, size)
+		}
+		r.buf = r.buf[:size]
+		if r.full(r.buf); r.err != nil {
+			return
+		}
+		d := &decoder{b: r.buf}
+		decode(d)
+		if d.err == nil && len(d.b) > 0 {
+			d.fail("bytes follow a record")
+		}
+		if r.err == nil {
+			r.err = d.err
+		}
+	}
+}
