@@ -19,9 +19,12 @@ var (
 	// ErrLogFailed: the log cannot be written (disk full, I/O error); the
 	// server has stopped acknowledging.
 	ErrLogFailed = errors.New("the log failed")
-	// ErrSlowWatcher: the watcher did not keep up; resume from the last
-	// revision it saw.
-	ErrSlowWatcher = errors.New("the watcher is too slow")
+	// ErrSuperseded: a later call with the same request id waits in place of
+	// this one.
+	ErrSuperseded = errors.New("a repeat of the request waits in its place")
+	// ErrDetached is the cause with which a caller cancels an Acquire whose
+	// client was lost: its place is kept for a repeat, for one TTL.
+	ErrDetached = errors.New("the client's connection was lost")
 )
 
 // NotLeaderError is ErrNotLeader with the leader's client address if known.
@@ -54,6 +57,18 @@ type ExhaustedError struct {
 func (e *ExhaustedError) Error() string {
 	return fmt.Sprintf("the server's limit of %d %s is reached", e.Max, e.What)
 }
+
+// HeldError says that a lock is not free and the request would not wait. It
+// wraps the machine's refusal.
+type HeldError struct {
+	Refusal *Refusal
+	Explain Explanation
+}
+
+func (e *HeldError) Error() string { return e.Refusal.Error() }
+
+// Unwrap returns the refusal.
+func (e *HeldError) Unwrap() error { return e.Refusal }
 
 // WaitTimeoutError says that a bounded wait ended without the lock, and why.
 // The request has left its queues.

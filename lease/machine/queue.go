@@ -17,7 +17,7 @@ func (m *Machine) enterQueues(l *lease, a *acquisition) {
 		m.actors.Set(place{a.actor, a.place, a})
 	}
 	m.acqs.Set(a)
-	m.emit(Event{Kind: EventQueued, Lease: l.id, Request: a.request, Owner: l.owner, Mode: a.mode, Locks: named(a.names)})
+	m.emit(Event{Kind: EventQueued, Lease: l.id, Request: a.request, Owner: l.owner, Mode: a.mode, Locks: named(a.names), Own: l.own})
 }
 
 // dequeue takes an acquisition out of its queues.
@@ -41,7 +41,7 @@ func (m *Machine) leaveQueues(l *lease, a *acquisition, cause EndCause, by strin
 	m.dequeue(a)
 	m.acqs.Delete(a)
 	m.dirty = append(m.dirty, a.names...)
-	m.emit(Event{Kind: EventAbandoned, Lease: l.id, Request: a.request, Owner: l.owner, Mode: a.mode, Locks: named(a.names), Cause: cause, By: by})
+	m.emit(Event{Kind: EventAbandoned, Lease: l.id, Request: a.request, Owner: l.owner, Mode: a.mode, Locks: named(a.names), Cause: cause, By: by, Own: l.own})
 }
 
 // endHold ends a granted acquisition. Its locks are delayed if it was lost.

@@ -1,0 +1,171 @@
+// Package e2e runs the real binary as its users do, in processes of its own:
+// it is killed, stopped, starved of disk and talked to by strangers.
+package e2e
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// binary is the distlock that every test here runs, built once by TestMain.
+var binary string
+
+func TestMain(m *testing.M) {
+	dir, err := os.MkdirTemp("", "distlock-e2e")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	binary = filepath.Join(dir, "distlock")
+	build := exec.Command("go", "build", "-o", binary, "github.com/distlock/distlock/cmd/distlock")
+	build.Stdout, build.Stderr = os.Stderr, os.Stderr
+	if err := build.Run(); err != nil {
+		fmt.Fprintln(os.Stderr, "building distlock:", err)
+		os.Exit(1)
+	}
+	code := m.Run()
+	os.RemoveAll(dir)
+	os.Exit(code)
+}
+
+// server is one distlock server process. It can be killed and started again
+// on the same address and data directory.
+type server struct {
+	t       testing.TB
+	address string
+	args    []string
+
+	cmd    *exec.Cmd
+	exited chan struct{} // closed once cmd has been waited for
+
+	mu  sync.Mutex
+	log bytes.Buffer // standard error of all its processes
+}
+
+// startServer starts a server on a free port of the loopback interface and
+// waits until it answers. Its processes end with the test.
+func startServer(t testing.TB, args ...string) *server {
+	t.Helper()
+	s := &server{t: t, address: freeAddress(t), args: args}
+	t.Cleanup(func() {
+		if s.cmd != nil {
+			s.kill()
+		}
+		if t.Failed() {
+			t.Logf("server log:\n%s", s.logs())
+		}
+	})
+	s.start()
+	return s
+}
+
+func freeAddress(t testing.TB) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// spawn starts the process and does not wait for it to answer.
+func (s *server) spawn() {
+	s.t.Helper()
+	host, port, _ := net.SplitHostPort(s.address)
+	args := append([]string{"--address", host, "--port", port}, s.args...)
+	cmd := exec.Command(binary, args...)
+	pipe, err := cmd.StderrPipe()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	s.cmd, s.exited = cmd, make(chan struct{})
+	go func(cmd *exec.Cmd, exited chan struct{}) {
+		lines := bufio.NewScanner(pipe)
+		lines.Buffer(nil, 1<<20)
+		for lines.Scan() {
+			s.mu.Lock()
+			s.log.WriteString(lines.Text() + "\n")
+			s.mu.Unlock()
+		}
+		cmd.Wait()
+		close(exited)
+	}(cmd, s.exited)
+}
+
+// start starts the process and waits until it accepts connections.
+func (s *server) start() {
+	s.t.Helper()
+	s.spawn()
+	deadline := time.Now().Add(30 * time.Second)
+	for {
+		conn, err := net.DialTimeout("tcp", s.address, time.Second)
+		if err == nil {
+			conn.Close()
+			return
+		}
+		select {
+		case <-s.exited:
+			s.t.Fatalf("the server exited: %v\n%s", s.cmd.ProcessState, s.logs())
+		case <-time.After(5 * time.Millisecond):
+		}
+		if time.Now().After(deadline) {
+			s.t.Fatalf("the server does not answer on %s\n%s", s.address, s.logs())
+		}
+	}
+}
+
+func (s *server) logs() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.log.String()
+}
+
+func (s *server) signal(sig syscall.Signal) {
+	s.t.Helper()
+	if err := s.cmd.Process.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		s.t.Fatal(err)
+	}
+}
+
+// kill is kill -9, and returns once the process is gone.
+func (s *server) kill() {
+	s.signal(syscall.SIGKILL)
+	<-s.exited
+}
+
+// distlock runs one command of the binary against the server.
+func (s *server) distlock(ctx context.Context, args ...string) (stdout, stderr string, code int) {
+	s.t.Helper()
+	cmd := s.command(ctx, args...)
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		s.t.Fatalf("distlock %s: %v", strings.Join(args, " "), err)
+	}
+	return out.String(), errs.String(), cmd.ProcessState.ExitCode()
+}
+
+// command prepares a command of the binary that talks to the server.
+func (s *server) command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, binary, args...)
+	cmd.Env = append(os.Environ(), "DISTLOCK_ENDPOINTS="+s.address)
+	return cmd
+}

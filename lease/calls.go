@@ -1,0 +1,506 @@
+package lease
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/distlock/distlock/fence"
+	"github.com/distlock/distlock/lease/machine"
+)
+
+// call is one command on its way through the loop, and who waits for it. Its
+// fields belong to the loop once it is put there; done is read by the caller.
+type call struct {
+	cmd  machine.Command // nil-result commands of the manager have no done
+	done chan outcome    // buffered, one; nil when nobody waits
+
+	// Of an Acquire.
+	key      waiter
+	bound    time.Duration // of the wait; WaitForever for none
+	since    time.Duration // when the loop took it in
+	wait     timer
+	leaseID  ID
+	explain  Explanation
+	answered bool
+	givingUp bool // its Abandon is in the log: a grant that comes first is undone
+	gone     bool // its caller has left
+
+	giveUpOf *call // this is the Abandon of a wait that reached its bound
+}
+
+type outcome struct {
+	result  machine.Result
+	explain Explanation
+	err     error
+}
+
+// take admits a command, or refuses it before anything is tried.
+func (c *call) take(m *Manager) {
+	err := m.refuses()
+	if err == nil && m.draining {
+		err = ErrStopping
+	}
+	if err == nil {
+		err = m.room(c)
+	}
+	if err != nil {
+		c.answer(machine.Result{}, err)
+		return
+	}
+	c.since = m.now()
+	m.enqueue(c)
+}
+
+// room holds a command against the server's bounds.
+func (m *Manager) room(c *call) error {
+	var lease, locks, waiting bool
+	switch cmd := c.cmd.(type) {
+	case *machine.GrantLease:
+		lease = true
+	case *machine.Declare:
+		locks = true
+	case *machine.Acquire:
+		lease, locks, waiting = cmd.Lease == 0, true, cmd.Wait
+	default:
+		return nil
+	}
+	var n machine.Counts
+	var known bool
+	m.store.Read(func(s *machine.Machine) {
+		n = s.Counts()
+		if c.key.request != 0 {
+			_, known = s.Find(c.key.lease, c.key.request)
+		}
+	})
+	switch {
+	case known: // a repeat takes no more room
+	case lease && n.Leases >= m.bounds.MaxLeases:
+		return &ExhaustedError{What: "leases", Max: m.bounds.MaxLeases}
+	case locks && n.Locks >= m.bounds.MaxLocks:
+		return &ExhaustedError{What: "locks", Max: m.bounds.MaxLocks}
+	case waiting && n.Waiters >= m.bounds.MaxWaiters:
+		return &ExhaustedError{What: "waiters", Max: m.bounds.MaxWaiters}
+	}
+	return nil
+}
+
+// committed takes the machine's result in.
+func (c *call) committed(m *Manager, r machine.Result, serving bool) {
+	if c.giveUpOf != nil {
+		waited := c.giveUpOf
+		m.unpark(waited)
+		waited.answer(machine.Result{}, &WaitTimeoutError{Waited: waited.bound, Explain: waited.explain})
+		return
+	}
+	if r.Refusal != nil {
+		c.explain = m.withDelays(r.Refusal.Explain)
+		c.answer(r, r.Refusal)
+		return
+	}
+	if !r.Waiting {
+		c.answer(r, nil)
+		return
+	}
+	c.leaseID = r.Lease
+	switch {
+	case !serving:
+		c.answer(machine.Result{}, &NotLeaderError{Hint: m.hint})
+	case m.draining:
+		c.answer(machine.Result{}, ErrStopping)
+	case !c.answered:
+		m.park(c)
+	}
+}
+
+// park lets a call wait for its grant. A repeat takes the place of the call it
+// repeats.
+func (m *Manager) park(c *call) {
+	if old := m.parked[c.key]; old != nil {
+		m.unpark(old)
+		old.answer(machine.Result{}, ErrSuperseded)
+	}
+	m.parked[c.key] = c
+	if c.key.lease == 0 {
+		m.suspend(c.leaseID)
+	}
+	if c.bound != WaitForever {
+		m.waitID++
+		c.wait = timer{kind: timerWait, id: m.waitID, deadline: c.since + c.bound}
+		m.waits[m.waitID] = c
+		m.wheel.arm(&c.wait)
+	}
+}
+
+func (c *call) answer(r machine.Result, err error) {
+	if c.answered {
+		return
+	}
+	c.answered = true
+	if c.done != nil {
+		c.done <- outcome{r, c.explain, err}
+	}
+}
+
+// leave is a caller that stops waiting for its Acquire.
+type leave struct {
+	call *call
+	keep bool // its connection was lost: it may come back for its place
+}
+
+func (l *leave) take(m *Manager) {
+	c := l.call
+	if c.gone = true; m.refuses() != nil || m.draining {
+		return
+	}
+	late := c.answered // a grant won the race: nobody will hear of it
+	parked := m.parked[c.key] == c
+	if l.keep {
+		if parked {
+			m.unpark(c)
+			if t := m.leases[c.leaseID]; t != nil && c.key.lease == 0 && !t.armed() && !t.expiring {
+				m.armLease(c.leaseID, t.ttl, m.now())
+			}
+		}
+		c.answered = true
+		return
+	}
+	if late && m.parked[c.key] != nil {
+		return // superseded: the place is another's
+	}
+	if parked {
+		m.unpark(c)
+	}
+	c.answered = true
+	m.enqueue(&call{cmd: &machine.Abandon{Lease: c.key.lease, Request: c.key.request}})
+}
+
+// do sends one command through the loop and waits for its result. When ctx
+// ends first the command goes on, and may or may not take effect.
+func (m *Manager) do(ctx context.Context, cmd machine.Command) (outcome, error) {
+	c := &call{cmd: cmd, done: make(chan outcome, 1)}
+	if !m.put(c) {
+		return outcome{}, m.ended()
+	}
+	select {
+	case o := <-c.done:
+		return o, o.err
+	case <-ctx.Done():
+		return outcome{}, context.Cause(ctx)
+	}
+}
+
+// GrantLease makes a lease. Errors: *InvalidError, *ExhaustedError, *Refusal.
+func (m *Manager) GrantLease(ctx context.Context, r GrantLeaseRequest) (LeaseInfo, error) {
+	if err := errors.Join(
+		m.bounds.ttl(r.TTL), text("owner", r.Owner), metadata(r.Metadata), requestID(r.Request),
+	); err != nil {
+		return LeaseInfo{}, first(err)
+	}
+	o, err := m.do(ctx, &machine.GrantLease{
+		Request: r.Request, TTL: machine.Duration(r.TTL), Owner: r.Owner, Metadata: sortedMetadata(r.Metadata),
+	})
+	if err != nil {
+		return LeaseInfo{}, err
+	}
+	return LeaseInfo{
+		Lease:     machine.Lease{ID: o.result.Lease, TTL: machine.Duration(r.TTL), Owner: r.Owner, Request: r.Request},
+		Remaining: r.TTL,
+	}, nil
+}
+
+// KeepAlive renews leases: each lives for its TTL from now. The answers are in
+// the order asked; those of leases that are gone carry a *Refusal. The error
+// is of the whole: then nothing is known to have been renewed.
+func (m *Manager) KeepAlive(ctx context.Context, ids []ID) ([]KeepAlive, error) {
+	received := m.now()
+	answers := make([]KeepAlive, len(ids))
+	err := m.linearize(ctx, func(m *Manager) {
+		for i, id := range ids {
+			answers[i] = m.renew(id, received)
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	return answers, nil
+}
+
+func (m *Manager) renew(id ID, received time.Duration) KeepAlive {
+	t := m.leases[id]
+	switch {
+	case t == nil:
+		var gone *Refusal
+		m.store.Read(func(s *machine.Machine) {
+			if _, live := s.TTL(id); !live {
+				gone = s.LeaseGone(id)
+			}
+		})
+		if gone == nil { // its grant is applied, and its event on its way here
+			return KeepAlive{Lease: id, Err: ErrOutcomeUnknown}
+		}
+		return KeepAlive{Lease: id, Err: gone}
+	case t.expiring:
+		return KeepAlive{Lease: id, Err: &Refusal{Reason: machine.ReasonLeaseEnded, Lease: id, Ended: &machine.Ended{Cause: machine.EndExpired, At: m.clock.Now().UnixNano()}}}
+	}
+	// Only the deadline moves; the wheel notices at the old one.
+	t.deadline = max(t.deadline, received+t.ttl)
+	return KeepAlive{Lease: id, TTL: t.ttl}
+}
+
+// RevokeLease ends a lease; its holds are lost. Errors: *Refusal.
+func (m *Manager) RevokeLease(ctx context.Context, id ID, by string) error {
+	if err := text("by", by); err != nil {
+		return err
+	}
+	_, err := m.do(ctx, &machine.RevokeLease{Lease: id, By: by})
+	return err
+}
+
+// Lease shows one lease. Errors: *Refusal when it is gone.
+func (m *Manager) Lease(ctx context.Context, id ID) (LeaseInfo, error) {
+	var info LeaseInfo
+	var gone *Refusal
+	err := m.linearize(ctx, func(m *Manager) {
+		m.store.Read(func(s *machine.Machine) {
+			var ok bool
+			if info.Lease, ok = s.Lease(id); !ok {
+				gone = s.LeaseGone(id)
+			}
+		})
+		info.Remaining = m.remaining(id)
+	})
+	switch {
+	case err != nil:
+		return LeaseInfo{}, err
+	case gone != nil:
+		return LeaseInfo{}, gone
+	}
+	return info, nil
+}
+
+func (m *Manager) remaining(id ID) time.Duration {
+	t := m.leases[id]
+	switch {
+	case t == nil || t.expiring:
+		return 0
+	case !t.armed(): // kept alive by its parked call
+		return t.ttl
+	}
+	return max(t.deadline-m.now(), 0)
+}
+
+// Leases lists leases in order of id, from the one after after.
+func (m *Manager) Leases(ctx context.Context, after ID, limit int) (list []LeaseInfo, more bool, err error) {
+	if err := m.linearize(ctx, nil); err != nil {
+		return nil, false, err
+	}
+	m.store.View().AscendLeases(after, func(l machine.Lease) bool {
+		if more = len(list) == limit; !more {
+			list = append(list, LeaseInfo{Lease: l})
+		}
+		return !more
+	})
+	err = m.linearize(ctx, func(m *Manager) {
+		for i := range list {
+			list[i].Remaining = m.remaining(list[i].ID)
+		}
+	})
+	return list, more, err
+}
+
+// Acquire takes locks, all or none, waiting as long as the request says. When
+// ctx is cancelled the wait is abandoned, and a grant that won the race undone;
+// when it is cancelled with the cause ErrDetached the place is kept for a
+// repeat. Errors: *InvalidError, *ExhaustedError, *HeldError,
+// *WaitTimeoutError, *Refusal, *NotLeaderError, ErrStopping, ErrSuperseded,
+// ErrOutcomeUnknown, ErrLogFailed, ctx's cause.
+func (m *Manager) Acquire(ctx context.Context, r AcquireRequest) (Grant, error) {
+	cmd, err := m.acquireCommand(r)
+	if err != nil {
+		return Grant{}, err
+	}
+	c := &call{cmd: cmd, done: make(chan outcome, 1), key: waiter{r.Lease, cmd.Request}, bound: r.Wait}
+	if !m.put(c) {
+		return Grant{}, m.ended()
+	}
+	var o outcome
+	select {
+	case o = <-c.done:
+	case <-ctx.Done():
+		cause := context.Cause(ctx)
+		m.put(&leave{call: c, keep: errors.Is(cause, ErrDetached)})
+		return Grant{}, cause
+	}
+	if o.err != nil {
+		var refusal *Refusal
+		if errors.As(o.err, &refusal) && refusal.Reason == machine.ReasonLockHeld {
+			return Grant{}, &HeldError{Refusal: refusal, Explain: o.explain}
+		}
+		return Grant{}, o.err
+	}
+	g := Grant{Grant: *o.result.Grant, TTL: r.TTL}
+	if r.Lease != 0 {
+		m.store.Read(func(s *machine.Machine) {
+			ttl, _ := s.TTL(r.Lease)
+			g.TTL = time.Duration(ttl)
+		})
+	}
+	return g, nil
+}
+
+func (m *Manager) acquireCommand(r AcquireRequest) (*machine.Acquire, error) {
+	if err := m.bounds.acquire(&r); err != nil {
+		return nil, err
+	}
+	names := slices.Clone(r.Names)
+	slices.Sort(names)
+	for i := 1; i < len(names); i++ {
+		if names[i] == names[i-1] {
+			return nil, &InvalidError{Field: "names", Msg: "names " + quoted(names[i]) + " twice; name each lock once"}
+		}
+	}
+	if r.Request == 0 {
+		r.Request, r.LowestOpen = anonymous(), 0
+	}
+	if r.Mode == 0 {
+		r.Mode = machine.Exclusive
+	}
+	cmd := &machine.Acquire{
+		Lease: r.Lease, Request: r.Request, LowestOpen: r.LowestOpen, Names: names, Mode: r.Mode, Limit: r.Limit,
+		Wait: r.Wait != 0, LockDelay: machine.Duration(r.LockDelay), Actor: r.Actor,
+		Metadata: sortedMetadata(r.Metadata), Declared: r.Declared,
+	}
+	if r.Lease == 0 {
+		cmd.TTL, cmd.Owner = machine.Duration(r.TTL), r.Owner
+	}
+	return cmd, nil
+}
+
+// Release gives a hold back. Errors: *Refusal, which says why the hold is gone
+// and whether anyone was granted since.
+func (m *Manager) Release(ctx context.Context, r ReleaseRequest) error {
+	if r.Token == 0 {
+		return &InvalidError{Field: "token", Msg: "must be the token of the grant, which is never 0"}
+	}
+	if r.Lease == 0 || r.Name != "" {
+		if err := name("name", r.Name); err != nil {
+			return err
+		}
+	}
+	_, err := m.do(ctx, &machine.Release{Lease: r.Lease, Name: r.Name, Token: r.Token})
+	return err
+}
+
+// Abandon ends a request whatever became of it.
+func (m *Manager) Abandon(ctx context.Context, lease ID, request RequestID) error {
+	if request == 0 || request >= machine.AnonymousRequest {
+		return &InvalidError{Field: "request_id", Msg: "must be the request id of the acquisition, from 1 to 2^63-1"}
+	}
+	_, err := m.do(ctx, &machine.Abandon{Lease: lease, Request: request})
+	return err
+}
+
+// ForceRelease breaks the hold with token on a lock, or every hold when token
+// is 0. Errors: *Refusal.
+func (m *Manager) ForceRelease(ctx context.Context, lock string, token fence.Token, by string) error {
+	if err := errors.Join(name("name", lock), text("by", by)); err != nil {
+		return first(err)
+	}
+	_, err := m.do(ctx, &machine.ForceRelease{Name: lock, Token: token, By: by})
+	return err
+}
+
+// Lock shows one lock, with the revision of the answer. A lock that nobody
+// holds, waits for or declared is an answer too.
+func (m *Manager) Lock(ctx context.Context, lock string) (LockInfo, uint64, error) {
+	if err := name("name", lock); err != nil {
+		return LockInfo{}, 0, err
+	}
+	var info LockInfo
+	var revision uint64
+	err := m.linearize(ctx, func(m *Manager) {
+		m.store.Read(func(s *machine.Machine) {
+			info.Lock, _ = s.Lock(lock)
+			revision = s.Revision()
+		})
+		info.DelayRemaining = m.delayRemaining(info.Delays)
+	})
+	return info, revision, err
+}
+
+// Locks lists the locks whose names begin with prefix and come after after,
+// in order of name, with the revision of the answer.
+func (m *Manager) Locks(ctx context.Context, prefix, after string, limit int) (list []LockInfo, more bool, revision uint64, err error) {
+	if err := m.linearize(ctx, nil); err != nil {
+		return nil, false, 0, err
+	}
+	from := prefix
+	if after != "" {
+		from = max(from, after+"\x00")
+	}
+	view := m.store.View()
+	view.AscendLocks(from, func(k machine.Lock) bool {
+		if !strings.HasPrefix(k.Name, prefix) {
+			return false
+		}
+		if more = len(list) == limit; !more {
+			list = append(list, LockInfo{Lock: k})
+		}
+		return !more
+	})
+	err = m.linearize(ctx, func(m *Manager) {
+		for i := range list {
+			list[i].DelayRemaining = m.delayRemaining(list[i].Delays)
+		}
+	})
+	return list, more, view.Revision(), err
+}
+
+// CheckToken tells whether a token is of a live hold on a lock.
+func (m *Manager) CheckToken(ctx context.Context, lock string, token fence.Token) (TokenCheck, error) {
+	if err := name("name", lock); err != nil {
+		return TokenCheck{}, err
+	}
+	if token == 0 {
+		return TokenCheck{}, &InvalidError{Field: "token", Msg: "must be the token of a grant, which is never 0"}
+	}
+	var check TokenCheck
+	err := m.linearize(ctx, func(m *Manager) {
+		m.store.Read(func(s *machine.Machine) {
+			check.Current, check.Floor, check.Live, check.Last = s.Live(lock, token)
+		})
+	})
+	return check, err
+}
+
+// Watch follows the locks whose names begin with prefix, from revision from
+// on; 0 means from now on. Any node serves it. Errors: *RangeError.
+func (m *Manager) Watch(prefix string, from uint64) (*Watcher, error) {
+	return m.store.Watch(prefix, from)
+}
+
+// Declare makes a lock exist without a holder. Errors: *Refusal.
+func (m *Manager) Declare(ctx context.Context, lock string) error {
+	return m.named(ctx, lock, &machine.Declare{Name: lock})
+}
+
+// Undeclare forgets a declared lock; its holds are lost. Errors: *Refusal.
+func (m *Manager) Undeclare(ctx context.Context, lock string) error {
+	return m.named(ctx, lock, &machine.Undeclare{Name: lock})
+}
+
+// ReleaseClock releases a declared lock by its clock. Errors: *Refusal.
+func (m *Manager) ReleaseClock(ctx context.Context, lock string, clock uint64) error {
+	return m.named(ctx, lock, &machine.ReleaseClock{Name: lock, Clock: clock})
+}
+
+func (m *Manager) named(ctx context.Context, lock string, cmd machine.Command) error {
+	if err := name("key", lock); err != nil {
+		return err
+	}
+	_, err := m.do(ctx, cmd)
+	return err
+}

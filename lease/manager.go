@@ -1,0 +1,700 @@
+// Package lease is the lease manager: the one loop that owns the machine's
+// inputs. It batches commands for the log, runs the timers of leases,
+// lock-delays and waits, parks waiters, and answers.
+//
+// The machine decides, the manager times, the log remembers.
+package lease
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/jonboulle/clockwork"
+	"go.uber.org/zap"
+
+	"github.com/distlock/distlock/lease/machine"
+)
+
+// Config configures a Manager. Clock, Log and Store are required.
+type Config struct {
+	Clock  clockwork.Clock
+	Log    Log
+	Store  *Store // the one the Log applies to
+	Bounds Bounds
+	Logger *zap.Logger
+}
+
+// Manager serves leases and locks on the node that leads. All methods may be
+// called from any goroutine; Run is called once.
+type Manager struct {
+	clock  clockwork.Clock
+	log    Log
+	store  *Store
+	bounds Bounds
+	logger *zap.Logger
+	start  time.Time // times in the manager are spans since it
+	ready  chan struct{}
+
+	// The inbox is how other goroutines reach the loop.
+	mu     sync.Mutex
+	inbox  []input
+	closed bool          // the loop has ended
+	wake   chan struct{} // buffered, one
+	shared Status        // what Status answers, written by the loop
+
+	loop // only the loop's goroutine touches what is in it
+}
+
+// input is one thing for the loop to take in.
+type input interface{ take(m *Manager) }
+
+// loop is the state that the loop's goroutine owns.
+type loop struct {
+	leading  bool
+	everLed  bool
+	term     uint64
+	hint     string
+	draining bool
+	failed   error
+
+	wheel  *wheel
+	leases map[ID]*leaseTimer
+	delays map[uint64]*delayTimer // by the delay's id
+	waits  map[uint64]*call       // by the number in the wheel
+
+	pending  []*call // commands for the next batch
+	inFlight []*call // commands of the batch in the log; nil when none is
+	parked   map[waiter]*call
+
+	confirming bool
+	unasked    []*confirmation // arrived since the round in flight began
+	asked      []*confirmation
+
+	due      []ID // leases whose time has come, expiry not yet proposed
+	marks    []mark
+	waitID   uint64
+	forgetAt timer
+}
+
+// leaseTimer is what the manager keeps per live lease.
+type leaseTimer struct {
+	timer
+	ttl      time.Duration
+	expiring bool // its expiry is decided: renewals are refused
+}
+
+type delayTimer struct {
+	timer
+	name string
+}
+
+// waiter identifies a waiting acquisition as its caller knows it: lease 0 for
+// one with a lease of its own.
+type waiter struct {
+	lease   ID
+	request RequestID
+}
+
+// mark remembers which revision the store had at a time, to forget what ended
+// before it.
+type mark struct {
+	at       time.Duration
+	revision uint64
+}
+
+const (
+	maxBatch    = 4096 // commands in one batch
+	maxExpiries = 4096 // leases in one expiry command: a mass expiry is smeared
+	markEvery   = 30 * time.Second
+	remember    = 10 * time.Minute
+)
+
+// New returns a manager. Run starts it.
+func New(cfg Config) (*Manager, error) {
+	if cfg.Clock == nil || cfg.Log == nil || cfg.Store == nil {
+		return nil, errors.New("lease: Config needs a Clock, a Log and a Store")
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = zap.NewNop()
+	}
+	m := &Manager{
+		clock: cfg.Clock, log: cfg.Log, store: cfg.Store, logger: cfg.Logger,
+		bounds: cfg.Bounds.withDefaults(),
+		start:  cfg.Clock.Now(),
+		ready:  make(chan struct{}),
+		wake:   make(chan struct{}, 1),
+	}
+	m.reset()
+	return m, nil
+}
+
+func (b Bounds) withDefaults() Bounds {
+	d := DefaultBounds()
+	for _, f := range []struct{ field, value *time.Duration }{
+		{&b.MinTTL, &d.MinTTL}, {&b.MaxTTL, &d.MaxTTL}, {&b.MaxLockDelay, &d.MaxLockDelay},
+	} {
+		if *f.field == 0 {
+			*f.field = *f.value
+		}
+	}
+	for _, f := range []struct{ field, value *int }{
+		{&b.MaxNamesPerCall, &d.MaxNamesPerCall}, {&b.MaxLeases, &d.MaxLeases},
+		{&b.MaxLocks, &d.MaxLocks}, {&b.MaxWaiters, &d.MaxWaiters},
+	} {
+		if *f.field == 0 {
+			*f.field = *f.value
+		}
+	}
+	return b
+}
+
+// reset forgets everything that only a leader knows.
+func (m *Manager) reset() {
+	m.wheel = newWheel()
+	m.leases = make(map[ID]*leaseTimer)
+	m.delays = make(map[uint64]*delayTimer)
+	m.waits = make(map[uint64]*call)
+	m.parked = make(map[waiter]*call)
+	m.due, m.marks = nil, nil
+	m.forgetAt = timer{kind: timerForget}
+}
+
+// now is the time since the manager was made, on the monotonic clock.
+func (m *Manager) now() time.Duration { return m.clock.Since(m.start) }
+
+// Ready is closed once this node has led for the first time.
+func (m *Manager) Ready() <-chan struct{} { return m.ready }
+
+// Run is the loop. It returns nil after ctx has ended, and the reason when the
+// log stops. Whatever has not been answered by then is answered with an error.
+func (m *Manager) Run(ctx context.Context) (err error) {
+	alarm := m.clock.NewTimer(time.Hour)
+	defer alarm.Stop()
+	var alarmAt time.Duration
+	leadership := m.log.Leadership()
+	defer func() { m.end(err) }()
+	for {
+		m.mu.Lock()
+		inbox := m.inbox
+		m.inbox = nil
+		m.mu.Unlock()
+		for _, in := range inbox {
+			in.take(m)
+		}
+		if m.leading {
+			m.wheel.advance(m.now(), m.fire)
+			m.propose()
+			m.confirm()
+		}
+		m.publish()
+		if at, ok := m.wheel.next(); ok && m.leading {
+			if at != alarmAt || at <= m.now() {
+				alarm.Reset(max(at-m.now(), 0))
+				alarmAt = at
+			}
+		}
+		select {
+		case <-m.wake:
+		case <-alarm.Chan():
+			alarmAt = 0
+		case l, ok := <-leadership:
+			if !ok {
+				if err := m.log.Err(); err != nil {
+					return fmt.Errorf("%w: %w", ErrLogFailed, err)
+				}
+				return nil
+			}
+			m.lead(l)
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// put hands an input to the loop; false when the loop has ended.
+func (m *Manager) put(in input) bool {
+	m.mu.Lock()
+	if m.closed {
+		m.mu.Unlock()
+		return false
+	}
+	m.inbox = append(m.inbox, in)
+	first := len(m.inbox) == 1
+	m.mu.Unlock()
+	if first {
+		select {
+		case m.wake <- struct{}{}:
+		default:
+		}
+	}
+	return true
+}
+
+// end answers everybody once the loop is over.
+func (m *Manager) end(err error) {
+	m.mu.Lock()
+	m.closed = true
+	inbox := m.inbox
+	m.inbox = nil
+	m.shared.Leader = false
+	m.mu.Unlock()
+	answer := error(ErrStopping)
+	unknown := error(ErrStopping)
+	if err != nil {
+		answer, unknown = err, fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
+	}
+	m.failed = answer
+	m.leading = false
+	for _, in := range inbox {
+		in.take(m)
+	}
+	for _, c := range m.inFlight {
+		c.answer(machine.Result{}, unknown)
+	}
+	m.abandonServing(answer)
+}
+
+// abandonServing answers whoever waits with err; places in queues stay.
+func (m *Manager) abandonServing(err error) {
+	for _, c := range m.pending {
+		c.answer(machine.Result{}, err)
+	}
+	m.pending = nil
+	for _, c := range m.parked {
+		c.answer(machine.Result{}, err)
+	}
+	clear(m.parked)
+	for _, c := range append(m.asked, m.unasked...) {
+		c.answer(m, err)
+	}
+	m.asked, m.unasked, m.confirming = nil, nil, false
+}
+
+// lead takes a change of leadership in.
+func (m *Manager) lead(l Leadership) {
+	if !l.Leader {
+		if m.leading {
+			m.logger.Warn("lost the leadership", zap.Uint64("term", m.term), zap.String("leader", l.Hint))
+		}
+		m.leading, m.hint = false, l.Hint
+		m.abandonServing(&NotLeaderError{Hint: l.Hint})
+		m.reset()
+		return
+	}
+	// Whatever an earlier leader knew of the time is gone: every lease gets
+	// its full TTL, every lock-delay its full length.
+	m.reset()
+	m.leading, m.term, m.hint = true, l.Term, ""
+	now := m.now()
+	m.wheel.now = uint64(now / tick)
+	m.store.Read(func(s *machine.Machine) {
+		s.EachLease(func(id ID, ttl machine.Duration, own, waiting bool, request RequestID) bool {
+			m.armLease(id, time.Duration(ttl), now)
+			return true
+		})
+		s.EachDelay(func(name string, d machine.Delay) bool {
+			m.armDelay(name, d, now)
+			return true
+		})
+	})
+	m.forgetAt.deadline = now + markEvery
+	m.wheel.arm(&m.forgetAt)
+	m.logger.Info("leading", zap.Uint64("term", l.Term), zap.Int("leases", len(m.leases)))
+	if !m.everLed {
+		m.everLed = true
+		close(m.ready)
+	}
+}
+
+func (m *Manager) armLease(id ID, ttl, now time.Duration) {
+	t := m.leases[id]
+	if t == nil {
+		t = &leaseTimer{timer: timer{kind: timerLease, id: uint64(id)}, ttl: ttl}
+		m.leases[id] = t
+	}
+	t.deadline = now + ttl
+	m.wheel.arm(&t.timer)
+}
+
+func (m *Manager) armDelay(name string, d machine.Delay, now time.Duration) {
+	t := &delayTimer{timer: timer{kind: timerDelay, id: d.ID, deadline: now + time.Duration(d.Duration)}, name: name}
+	m.delays[d.ID] = t
+	m.wheel.arm(&t.timer)
+}
+
+// fire acts on a timer whose time has come.
+func (m *Manager) fire(t *timer) {
+	switch t.kind {
+	case timerLease:
+		if l := m.leases[ID(t.id)]; l != nil && !l.expiring {
+			l.expiring = true
+			m.due = append(m.due, ID(t.id))
+		}
+	case timerDelay:
+		if d := m.delays[t.id]; d != nil {
+			delete(m.delays, t.id)
+			m.enqueue(&call{cmd: &machine.EndDelay{Name: d.name, Delay: t.id}})
+		}
+	case timerWait:
+		c := m.waits[t.id]
+		delete(m.waits, t.id)
+		if c != nil && !c.answered {
+			m.giveUp(c)
+		}
+	case timerForget:
+		m.forget()
+	}
+}
+
+// forget proposes to drop what ended more than ten minutes ago.
+func (m *Manager) forget() {
+	now := m.now()
+	var remembered int
+	var revision uint64
+	m.store.Read(func(s *machine.Machine) { remembered, revision = s.Counts().Remembered, s.Revision() })
+	old := -1
+	for i, k := range m.marks {
+		if now-k.at >= remember {
+			old = i
+		}
+	}
+	if old >= 0 {
+		if remembered > 0 {
+			m.enqueue(&call{cmd: &machine.Forget{Through: m.marks[old].revision}})
+		}
+		m.marks = append(m.marks[:0], m.marks[old+1:]...)
+	}
+	if remembered > 0 {
+		m.marks = append(m.marks, mark{now, revision})
+	}
+	m.forgetAt.deadline = now + markEvery
+	m.wheel.arm(&m.forgetAt)
+}
+
+// enqueue adds a command to the next batch.
+func (m *Manager) enqueue(c *call) { m.pending = append(m.pending, c) }
+
+// propose sends the next batch to the log, unless one is on its way: while it
+// is being committed the next one gathers.
+func (m *Manager) propose() {
+	if m.inFlight != nil {
+		return
+	}
+	if len(m.due) > 0 {
+		n := min(len(m.due), maxExpiries)
+		m.enqueue(&call{cmd: &machine.ExpireLeases{Leases: m.due[:n:n], Term: m.term}})
+		m.due = m.due[n:]
+	}
+	batch := machine.Batch{Stamp: m.clock.Now().UnixNano()}
+	var calls []*call
+	for len(m.pending) > 0 && len(calls) < maxBatch {
+		c := m.pending[0]
+		m.pending = m.pending[1:]
+		if c.giveUpOf != nil && c.giveUpOf.answered {
+			continue // granted before its time was up
+		}
+		if c.giveUpOf != nil {
+			c.giveUpOf.givingUp = true
+		}
+		calls = append(calls, c)
+		batch.Commands = append(batch.Commands, c.cmd)
+	}
+	if len(m.pending) == 0 {
+		m.pending = nil
+	}
+	if len(calls) == 0 {
+		return
+	}
+	m.inFlight = calls
+	term := m.term
+	m.log.Propose(batch, func(out machine.Outcome, err error) {
+		m.put(&committed{term: term, calls: calls, out: out, err: err})
+	})
+}
+
+// committed is the answer of the log to one batch.
+type committed struct {
+	term  uint64
+	calls []*call
+	out   machine.Outcome
+	err   error
+}
+
+func (c *committed) take(m *Manager) {
+	m.inFlight = nil
+	if c.err != nil {
+		err := c.err
+		if errors.Is(err, ErrNotLeader) {
+			err = &NotLeaderError{Hint: m.hint}
+		}
+		again := m.leading && c.term == m.term && m.failed == nil
+		for _, call := range c.calls {
+			call.answer(machine.Result{}, err)
+			// What the manager itself proposed is decided anew by whoever
+			// leads next; if that is still this node, it must go on trying.
+			// All of it may be applied twice.
+			if again && call.done == nil {
+				m.enqueue(call)
+			}
+		}
+		return
+	}
+	serving := m.leading && c.term == m.term
+	now := m.now()
+	// Results come before events: an acquisition must be parked before the
+	// event that grants it.
+	for i, call := range c.calls {
+		call.committed(m, c.out.Results[i], serving)
+	}
+	if serving {
+		for i := range c.out.Events {
+			m.observe(&c.out.Events[i], now)
+		}
+	}
+}
+
+// observe follows what happened to leases, delays and waiters.
+func (m *Manager) observe(e *Event, now time.Duration) {
+	switch e.Kind {
+	case machine.EventLeaseGranted:
+		m.armLease(e.Lease, time.Duration(e.TTL), now)
+	case machine.EventLeaseEnded:
+		if t := m.leases[e.Lease]; t != nil {
+			m.wheel.disarm(&t.timer)
+			delete(m.leases, e.Lease)
+		}
+	case machine.EventQueued:
+		// A waiter's own lease is kept alive by its parked call.
+		if c := m.parked[m.waiterOf(e)]; c != nil && e.Own {
+			m.suspend(e.Lease)
+		}
+	case machine.EventGranted:
+		if e.Own {
+			m.armLease(e.Lease, time.Duration(e.TTL), now)
+		}
+		if c := m.parked[m.waiterOf(e)]; c != nil && !c.givingUp {
+			m.unpark(c)
+			c.answer(machine.Result{Lease: e.Lease, Grant: grantOf(e)}, nil)
+		}
+	case machine.EventAbandoned:
+		if c := m.parked[m.waiterOf(e)]; c != nil && !c.givingUp {
+			m.unpark(c)
+			var refusal *Refusal
+			m.store.Read(func(s *machine.Machine) { refusal = s.LeaseGone(e.Lease) })
+			if refusal.Ended == nil || e.Cause == machine.EndReleased {
+				refusal = &Refusal{Reason: machine.ReasonRequestEnded, Lease: e.Lease}
+			}
+			c.answer(machine.Result{}, refusal)
+		}
+	case machine.EventDelayStarted:
+		m.armDelay(e.Locks[0].Name, e.Delay, now)
+	case machine.EventDelayEnded:
+		if t := m.delays[e.Delay.ID]; t != nil {
+			m.wheel.disarm(&t.timer)
+			delete(m.delays, e.Delay.ID)
+		}
+	}
+}
+
+func (m *Manager) waiterOf(e *Event) waiter {
+	if e.Own {
+		return waiter{0, e.Request}
+	}
+	return waiter{e.Lease, e.Request}
+}
+
+func grantOf(e *Event) *machine.Grant {
+	return &machine.Grant{Lease: e.Lease, Request: e.Request, Token: e.Token, Mode: e.Mode, Since: e.Stamp, Locks: e.Locks}
+}
+
+// suspend stops a lease's time while a parked call keeps it alive.
+func (m *Manager) suspend(id ID) {
+	if t := m.leases[id]; t != nil && !t.expiring {
+		m.wheel.disarm(&t.timer)
+	}
+}
+
+// unpark takes a call out of the waiting ones.
+func (m *Manager) unpark(c *call) {
+	if m.parked[c.key] == c {
+		delete(m.parked, c.key)
+	}
+	if c.wait.armed() {
+		m.wheel.disarm(&c.wait)
+		delete(m.waits, c.wait.id)
+	}
+}
+
+// giveUp ends a wait whose bound has been reached: it is explained now and
+// answered once the machine has taken the waiter out.
+func (m *Manager) giveUp(c *call) {
+	c.explain = m.explain(c)
+	m.enqueue(&call{cmd: &machine.Abandon{Lease: c.key.lease, Request: c.key.request}, giveUpOf: c})
+}
+
+// explain says what a parked call waits for, with the time left of delays.
+func (m *Manager) explain(c *call) Explanation {
+	var list []machine.Obstacle
+	m.store.Read(func(s *machine.Machine) { list = s.Explain(c.leaseID, c.key.request) })
+	return m.withDelays(list)
+}
+
+func (m *Manager) withDelays(list []machine.Obstacle) Explanation {
+	var e Explanation
+	for _, o := range list {
+		e.Obstacles = append(e.Obstacles, Obstacle{Obstacle: o, DelayRemaining: m.delayRemaining(o.Delays)})
+	}
+	return e
+}
+
+func (m *Manager) delayRemaining(list []machine.Delay) time.Duration {
+	var longest time.Duration
+	for _, d := range list {
+		if t := m.delays[d.ID]; t != nil {
+			longest = max(longest, t.deadline-m.now())
+		}
+	}
+	return longest
+}
+
+// confirm begins a round of confirmation for everything that has arrived.
+func (m *Manager) confirm() {
+	if m.confirming || len(m.unasked) == 0 {
+		return
+	}
+	m.confirming = true
+	m.asked, m.unasked = m.unasked, m.asked[:0]
+	term := m.term
+	m.log.Confirm(term, func(err error) { m.put(&confirmed{term, err}) })
+}
+
+// confirmed is the answer of the log to a round of confirmation.
+type confirmed struct {
+	term uint64
+	err  error
+}
+
+func (c *confirmed) take(m *Manager) {
+	if !m.confirming || m.failed != nil {
+		return
+	}
+	m.confirming = false
+	err := c.err
+	if err == nil && (!m.leading || c.term != m.term) {
+		err = &NotLeaderError{Hint: m.hint}
+	}
+	asked := m.asked
+	m.asked = nil
+	for _, q := range asked {
+		q.answer(m, err)
+	}
+}
+
+// confirmation is a renewal or read that waits until it is certain that this
+// node still leads. then runs on the loop.
+type confirmation struct {
+	then func(m *Manager)
+	done chan error // buffered, one
+}
+
+func (c *confirmation) take(m *Manager) {
+	if err := m.refuses(); err != nil {
+		c.answer(m, err)
+		return
+	}
+	m.unasked = append(m.unasked, c)
+}
+
+func (c *confirmation) answer(m *Manager, err error) {
+	if err == nil && c.then != nil {
+		c.then(m)
+	}
+	c.done <- err
+}
+
+// refuses says why the node cannot serve now; nil when it can.
+func (m *Manager) refuses() error {
+	switch {
+	case m.failed != nil:
+		return m.failed
+	case !m.leading:
+		return &NotLeaderError{Hint: m.hint}
+	}
+	return nil
+}
+
+// linearize returns once it is certain that this node led after the call, and
+// has run then on the loop.
+func (m *Manager) linearize(ctx context.Context, then func(m *Manager)) error {
+	c := &confirmation{then: then, done: make(chan error, 1)}
+	if !m.put(c) {
+		return m.ended()
+	}
+	select {
+	case err := <-c.done:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// ended is why the loop is over.
+func (m *Manager) ended() error {
+	if err := m.log.Err(); err != nil {
+		return fmt.Errorf("%w: %w", ErrLogFailed, err)
+	}
+	return ErrStopping
+}
+
+// Status is how a node is at a glance.
+type Status struct {
+	Leader bool
+	Term   uint64
+	Hint   string // client address of the leader, when another leads
+	machine.Counts
+	Revision  uint64
+	LastToken uint64
+}
+
+// publish lets Status see the leadership.
+func (m *Manager) publish() {
+	m.mu.Lock()
+	m.shared.Leader, m.shared.Term, m.shared.Hint = m.leading, m.term, m.hint
+	m.mu.Unlock()
+}
+
+// Status may be asked of any node, and is not linearizable.
+func (m *Manager) Status() Status {
+	m.mu.Lock()
+	s := m.shared
+	m.mu.Unlock()
+	m.store.Read(func(x *machine.Machine) {
+		s.Counts, s.Revision, s.LastToken = x.Counts(), x.Revision(), uint64(x.LastToken())
+	})
+	return s
+}
+
+// Drain prepares the end: every parked waiter is answered ErrStopping and
+// keeps its place, and so is new work. What is in the log is still answered.
+func (m *Manager) Drain() { m.put(drain{}) }
+
+type drain struct{}
+
+func (drain) take(m *Manager) {
+	m.draining = true
+	for _, c := range m.parked {
+		if c.wait.armed() {
+			m.wheel.disarm(&c.wait)
+		}
+		c.answer(machine.Result{}, ErrStopping)
+	}
+	clear(m.parked)
+	clear(m.waits)
+}
+
+// anonymous makes a request id for a caller that gave none.
+func anonymous() RequestID { return RequestID(rand.Uint64()) | machine.AnonymousRequest }

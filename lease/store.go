@@ -1,0 +1,150 @@
+package lease
+
+import (
+	"context"
+	"strings"
+	"sync"
+
+	"github.com/distlock/distlock/lease/machine"
+)
+
+// ringSize is how many recent events a node keeps for watchers.
+const ringSize = 1 << 14
+
+// Store is the machine as one node has it, with the recent events. The log's
+// apply goroutine writes it; everybody may read.
+type Store struct {
+	mu      sync.RWMutex
+	machine *machine.Machine
+	ring    []Event // revision r is at r % ringSize
+	oldest  uint64  // lowest revision in the ring; above the machine's: none
+	changed chan struct{}
+}
+
+// NewStore returns an empty store. Tokens and lease ids start above base: 0
+// where a log remembers them, a number that rises from one start to the next
+// (microseconds since 1970) where nothing does.
+func NewStore(base uint64) *Store {
+	return &Store{machine: machine.New(base), oldest: 1, changed: make(chan struct{})}
+}
+
+// Apply executes a committed batch. Only the log's apply goroutine calls it.
+func (s *Store) Apply(b machine.Batch) machine.Outcome {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := s.machine.Apply(b)
+	if len(out.Events) == 0 {
+		return out
+	}
+	if s.ring == nil {
+		s.ring = make([]Event, ringSize)
+	}
+	for _, e := range out.Events {
+		s.ring[e.Revision%ringSize] = e
+	}
+	if last := s.machine.Revision(); last >= s.oldest+ringSize {
+		s.oldest = last - ringSize + 1
+	}
+	close(s.changed)
+	s.changed = make(chan struct{})
+	return out
+}
+
+// View returns a copy to read at leisure. It costs the same whatever the size.
+func (s *Store) View() *machine.Machine {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.machine.Copy()
+}
+
+// Read calls fn with the machine, which must not be kept or changed. Writers
+// wait meanwhile: fn must be short.
+func (s *Store) Read(fn func(*machine.Machine)) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	fn(s.machine)
+}
+
+// Restore replaces everything by a machine read from a snapshot. The log
+// calls it, never while it applies.
+func (s *Store) Restore(m *machine.Machine) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.machine = m
+	s.ring, s.oldest = nil, m.Revision()+1
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+// Watcher reads events in order from the store's ring. It holds nothing but a
+// position, so a slow one costs no memory; one that falls out of the ring gets
+// a *RangeError. It belongs to one goroutine.
+type Watcher struct {
+	store  *Store
+	prefix string
+	next   uint64
+}
+
+// Watch returns a watcher of the locks whose names begin with prefix, from
+// revision from on; 0 means from now on. Errors: *RangeError.
+func (s *Store) Watch(prefix string, from uint64) (*Watcher, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	switch {
+	case from == 0:
+		from = s.machine.Revision() + 1
+	case from < s.oldest || from > s.machine.Revision()+1:
+		return nil, &RangeError{Asked: from, Oldest: s.oldest}
+	}
+	return &Watcher{store: s, prefix: prefix, next: from}, nil
+}
+
+// maxScan bounds the events looked at, and so returned, by one Next.
+const maxScan = 1024
+
+// Next waits for events and returns them, with the revision up to which the
+// watcher is complete. Errors: ctx's, *RangeError.
+func (w *Watcher) Next(ctx context.Context) ([]Event, uint64, error) {
+	for {
+		events, changed, err := w.scan()
+		if err != nil || len(events) > 0 {
+			return events, w.next - 1, err
+		}
+		if changed == nil { // not at the end yet
+			if err := ctx.Err(); err != nil {
+				return nil, 0, err
+			}
+			continue
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, 0, ctx.Err()
+		}
+	}
+}
+
+func (w *Watcher) scan() ([]Event, <-chan struct{}, error) {
+	s := w.store
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	last := s.machine.Revision()
+	if w.next < s.oldest || w.next > last+1 {
+		return nil, nil, &RangeError{Asked: w.next, Oldest: s.oldest}
+	}
+	var events []Event
+	end := min(last, w.next+maxScan-1)
+	for ; w.next <= end; w.next++ {
+		e := s.ring[w.next%ringSize]
+		for _, k := range e.Locks {
+			if strings.HasPrefix(k.Name, w.prefix) {
+				events = append(events, e)
+				break
+			}
+		}
+	}
+	if w.next > last {
+		return events, s.changed, nil
+	}
+	return events, nil, nil
+}

@@ -1,0 +1,181 @@
+package lease
+
+import "time"
+
+// tick is the resolution of the wheel: a timer fires at most one tick late,
+// and never early.
+const tick = 5 * time.Millisecond
+
+const (
+	slotBits = 8
+	slots    = 1 << slotBits
+	levels   = 4 // 256^4 ticks of 5 ms: 248 days
+)
+
+// timer is an entry of the wheel. Moving its deadline later is a store to the
+// field: the wheel finds out when the old time comes, and arms it anew.
+type timer struct {
+	next, prev *timer // nil while not armed
+	deadline   time.Duration
+	kind       timerKind
+	id         uint64
+}
+
+type timerKind uint8
+
+const (
+	timerLease timerKind = iota
+	timerDelay
+	timerWait
+	timerForget
+)
+
+func (t *timer) armed() bool { return t.next != nil }
+
+// wheel is a hierarchical timer wheel (Varghese and Lauck, SOSP 1987): arming
+// and disarming are O(1), whatever the number of timers. Level n has slots of
+// 256^n ticks; a slot's timers move down a level when its time begins. Times
+// are spans since the wheel's start. It belongs to the manager's loop.
+type wheel struct {
+	now   uint64                     // ticks that have been advanced over
+	slots [levels][slots]timer       // heads of circular lists
+	count [levels]int                // timers per level
+	used  [levels][slots / 64]uint64 // which slots may have timers
+}
+
+func newWheel() *wheel {
+	w := &wheel{}
+	for l := range w.slots {
+		for s := range w.slots[l] {
+			head := &w.slots[l][s]
+			head.next, head.prev = head, head
+		}
+	}
+	return w
+}
+
+// arm enters t at its deadline.
+func (w *wheel) arm(t *timer) {
+	if t.armed() {
+		w.disarm(t)
+	}
+	// Rounded up: the tick at which it fires is not before the deadline.
+	at := uint64((max(t.deadline, 0) + tick - 1) / tick)
+	w.enter(t, max(at, w.now+1))
+}
+
+func (w *wheel) enter(t *timer, at uint64) {
+	at = min(at, w.now+1<<(slotBits*levels)-1)
+	level := 0
+	for level < levels-1 && at>>(slotBits*level)-w.now>>(slotBits*level) >= slots {
+		level++
+	}
+	slot := at >> (slotBits * level) % slots
+	head := &w.slots[level][slot]
+	t.prev, t.next = head.prev, head
+	head.prev.next, head.prev = t, t
+	w.count[level]++
+	w.used[level][slot/64] |= 1 << (slot % 64)
+	t.kind = t.kind&0x0f | timerKind(level)<<4
+}
+
+// disarm takes t out; it is a no-op for one that is not armed.
+func (w *wheel) disarm(t *timer) {
+	if !t.armed() {
+		return
+	}
+	t.prev.next, t.next.prev = t.next, t.prev
+	t.next, t.prev = nil, nil
+	w.count[t.kind>>4]--
+	t.kind &= 0x0f
+}
+
+// advance moves the wheel to now and calls fire for every timer that is due;
+// one whose deadline was moved meanwhile is armed anew. fire may arm timers.
+func (w *wheel) advance(now time.Duration, fire func(*timer)) {
+	target := uint64(now / tick)
+	for w.now < target {
+		if w.idle() {
+			w.now = target
+			return
+		}
+		w.now++
+		// A level's slot begins when all lower levels wrap.
+		for level := 1; level < levels && w.now%(1<<(slotBits*level)) == 0; level++ {
+			w.drain(level, w.now>>(slotBits*level)%slots, func(t *timer) {
+				w.enter(t, max(uint64((t.deadline+tick-1)/tick), w.now))
+			})
+		}
+		w.drain(0, w.now%slots, func(t *timer) {
+			if t.deadline > now {
+				w.arm(t)
+				return
+			}
+			fire(t)
+		})
+	}
+}
+
+// drain takes every timer out of a slot and hands it to fn.
+func (w *wheel) drain(level int, slot uint64, fn func(*timer)) {
+	if w.used[level][slot/64]&(1<<(slot%64)) == 0 {
+		return
+	}
+	w.used[level][slot/64] &^= 1 << (slot % 64)
+	head := &w.slots[level][slot]
+	// The list is cut off first: fn may enter timers into this same slot, a
+	// whole turn later.
+	first, last := head.next, head.prev
+	if first == head {
+		return
+	}
+	head.next, head.prev = head, head
+	last.next = nil
+	for t := first; t != nil; {
+		next := t.next
+		t.next, t.prev = nil, nil
+		w.count[level]--
+		t.kind &= 0x0f
+		fn(t)
+		t = next
+	}
+}
+
+func (w *wheel) idle() bool {
+	for _, n := range w.count {
+		if n > 0 {
+			return false
+		}
+	}
+	return true
+}
+
+// next returns the time of the next slot that may have something to do, and
+// false when no timer is armed.
+func (w *wheel) next() (time.Duration, bool) {
+	if w.idle() {
+		return 0, false
+	}
+	wrap := w.now - w.now%slots + slots // where the upper levels move down
+	if w.count[0] == 0 {
+		return time.Duration(wrap) * tick, true
+	}
+	for at := w.now + 1; at < w.now+slots; at++ {
+		if s := at % slots; w.used[0][s/64]&(1<<(s%64)) != 0 {
+			if w.upper() {
+				at = min(at, wrap)
+			}
+			return time.Duration(at) * tick, true
+		}
+	}
+	return time.Duration(wrap) * tick, true
+}
+
+func (w *wheel) upper() bool {
+	for _, n := range w.count[1:] {
+		if n > 0 {
+			return true
+		}
+	}
+	return false
+}
