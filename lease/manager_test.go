@@ -3,6 +3,7 @@ package lease
 import (
 	"context"
 	"errors"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -270,15 +271,15 @@ func TestLockDelayHoldsALostLock(t *testing.T) {
 type flaky struct {
 	*MemoryLog
 	leadership chan Leadership
-	hold       chan struct{} // when not nil, Propose answers ErrOutcomeUnknown
-	unknown    bool
+	// While a gate is set, proposals wait there for the test to let them go.
+	gate atomic.Pointer[chan func()]
 }
 
 func (f *flaky) Leadership() <-chan Leadership { return f.leadership }
 
 func (f *flaky) Propose(b machine.Batch, done func(machine.Outcome, error)) {
-	if f.unknown {
-		done(machine.Outcome{}, ErrOutcomeUnknown)
+	if gate := f.gate.Load(); gate != nil {
+		*gate <- func() { f.MemoryLog.Propose(b, done) }
 		return
 	}
 	f.MemoryLog.Propose(b, done)
@@ -335,7 +336,7 @@ func TestRenewalIsRefusedWhileAnExpiryIsUndecided(t *testing.T) {
 		}
 		// The expiry is proposed into a log that does not answer.
 		held := make(chan func(), 1)
-		r.Manager.log = &holding{flaky: f, held: held}
+		f.gate.Store(&held)
 		time.Sleep(1100 * time.Millisecond)
 		apply := <-held
 		got, err := r.KeepAlive(context.Background(), []ID{g.Lease})
@@ -343,23 +344,13 @@ func TestRenewalIsRefusedWhileAnExpiryIsUndecided(t *testing.T) {
 		if err != nil || !errors.As(got[0].Err, &refusal) || refusal.Reason != machine.ReasonLeaseEnded {
 			t.Fatalf("%v %v", got, err)
 		}
-		r.Manager.log = f
+		f.gate.Store(nil)
 		apply()
 		synctest.Wait()
 		if s := r.Status(); s.Leases != 0 {
 			t.Fatalf("%+v", s.Counts)
 		}
 	})
-}
-
-// holding is a log that keeps a proposal until the test lets it go.
-type holding struct {
-	*flaky
-	held chan func()
-}
-
-func (h *holding) Propose(b machine.Batch, done func(machine.Outcome, error)) {
-	h.held <- func() { h.flaky.Propose(b, done) }
 }
 
 func TestForgetComesTenMinutesLater(t *testing.T) {

@@ -1,0 +1,396 @@
+package replica
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sort"
+	"strings"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
+	wal "github.com/hashicorp/raft-wal"
+	"go.uber.org/zap"
+
+	"github.com/distlock/distlock/lease/machine"
+)
+
+const (
+	metaFile     = "wal-meta.db" // raft-wal's list of segments, and raft's term and vote
+	snapshotsDir = "snapshots"
+	keep         = 2 // snapshots
+)
+
+// disk is raft's log store and stable store, with every failure to write
+// reported, once, to fail. Raft itself would step down and be elected again.
+type disk struct {
+	raft.LogStore
+	wal       *wal.WAL
+	snapshots *raft.FileSnapshotStore
+	fail      func(error)
+	last      *lastError
+}
+
+func openDisk(cfg Config, fail func(error)) (*disk, error) {
+	if err := checkSnapshots(cfg.Dir); err != nil {
+		return nil, err
+	}
+	if f, err := os.OpenFile(filepath.Join(cfg.Dir, metaFile), os.O_RDWR, 0); err == nil {
+		f.Close()
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("data directory %s: cannot be written: %w", cfg.Dir, cause(err))
+	}
+	d := &disk{fail: fail, last: &lastError{}}
+	logger := quiet(cfg.Logger.Named("wal"), d.last)
+	var err error
+	d.wal, err = openWAL(cfg, logger)
+	if err != nil {
+		return nil, err
+	}
+	d.LogStore = d.wal
+	if err := d.check(cfg.Dir); err != nil {
+		d.wal.Close()
+		return nil, err
+	}
+	if cfg.wrapLog != nil {
+		d.LogStore = cfg.wrapLog(d.wal)
+	}
+	d.snapshots, err = raft.NewFileSnapshotStoreWithLogger(cfg.Dir, keep, quiet(cfg.Logger.Named("snapshot"), nil))
+	if err != nil {
+		d.wal.Close()
+		return nil, fmt.Errorf("data directory %s: cannot be written: %w", cfg.Dir, cause(err))
+	}
+	return d, nil
+}
+
+// openWAL opens the log; a panic of the store's library on damaged files is
+// damage found.
+func openWAL(cfg Config, logger hclog.Logger) (w *wal.WAL, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = &CorruptError{File: filepath.Join(cfg.Dir, metaFile), Err: fmt.Errorf("%v", p)}
+		}
+	}()
+	w, err = wal.Open(cfg.Dir, wal.WithLogger(logger), wal.WithSegmentSize(cfg.SegmentSize))
+	switch {
+	case err == nil:
+		return w, nil
+	case errors.Is(err, os.ErrPermission) || strings.Contains(err.Error(), "no space left"):
+		return nil, fmt.Errorf("data directory %s: cannot be written: %w", cfg.Dir, cause(err))
+	}
+	return nil, &CorruptError{File: filepath.Join(cfg.Dir, newestSegment(cfg.Dir)), Err: err}
+}
+
+func (d *disk) close() error { return d.wal.Close() }
+
+// StoreLogs implements raft.LogStore. It returns when the entries are on disk.
+func (d *disk) StoreLogs(logs []*raft.Log) error {
+	sealed := make([]*raft.Log, len(logs))
+	for i, l := range logs {
+		sealed[i] = seal(l)
+	}
+	err := d.LogStore.StoreLogs(sealed)
+	if err != nil {
+		d.failed("write the log", err)
+	}
+	return err
+}
+
+// StoreLog implements raft.LogStore.
+func (d *disk) StoreLog(l *raft.Log) error { return d.StoreLogs([]*raft.Log{l}) }
+
+// GetLog implements raft.LogStore.
+func (d *disk) GetLog(index uint64, l *raft.Log) error {
+	if err := d.LogStore.GetLog(index, l); err != nil {
+		return err
+	}
+	opened, err := unseal(l.Data)
+	if err == nil && (opened.Index != index || opened.Index != l.Index || opened.Term != l.Term || opened.Type != l.Type) {
+		err = errChecksum
+	}
+	if err != nil {
+		return fmt.Errorf("entry %d: %w", index, err)
+	}
+	l.Data = opened.Data
+	return nil
+}
+
+// IsMonotonic implements raft.MonotonicLogStore, as raft-wal does: indexes
+// leave no gap.
+func (d *disk) IsMonotonic() bool { return true }
+
+func (d *disk) failed(what string, err error) {
+	if reason := d.last.get(); reason != "" && !strings.Contains(reason, err.Error()) {
+		err = fmt.Errorf("%w (%s)", err, reason)
+	}
+	d.fail(fmt.Errorf("cannot %s: %w", what, err))
+}
+
+// Set implements raft.StableStore. Raft panics when its term or vote cannot be
+// written; its goroutine ends here instead, and the node with it.
+func (d *disk) Set(key, value []byte) error {
+	if err := d.wal.Set(key, value); err != nil {
+		d.failed("write the vote", err)
+		runtime.Goexit()
+	}
+	return nil
+}
+
+// SetUint64 implements raft.StableStore.
+func (d *disk) SetUint64(key []byte, value uint64) error {
+	if err := d.wal.SetUint64(key, value); err != nil {
+		d.failed("write the term", err)
+		runtime.Goexit()
+	}
+	return nil
+}
+
+// Get implements raft.StableStore.
+func (d *disk) Get(key []byte) ([]byte, error) { return d.wal.Get(key) }
+
+// GetUint64 implements raft.StableStore.
+func (d *disk) GetUint64(key []byte) (uint64, error) { return d.wal.GetUint64(key) }
+
+// check reads the whole log before raft does, which would panic on damage, and
+// looks behind its end for what a torn write cannot leave there.
+func (d *disk) check(dir string) error {
+	first, err := d.wal.FirstIndex()
+	if err == nil {
+		var last uint64
+		if last, err = d.wal.LastIndex(); err == nil && last > 0 {
+			var l raft.Log
+			for i := first; i <= last; i++ {
+				if err := d.GetLog(i, &l); err != nil {
+					return &CorruptError{File: segmentOf(dir, i), Err: err}
+				}
+			}
+		}
+		if err == nil {
+			return checkTail(filepath.Join(dir, newestSegment(dir)), last)
+		}
+	}
+	return &CorruptError{File: filepath.Join(dir, metaFile), Err: err}
+}
+
+// checkTail tells a torn write from damage. The log's library takes the first
+// entry that does not add up for the torn end of the last write. Writes are
+// made one after the other, each synced before the next begins: a sound entry
+// that comes after the one that follows the end proves that what does not add
+// up was once sound and synced.
+func checkTail(file string, last uint64) error {
+	f, err := os.Open(file)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	text, err := io.ReadAll(f)
+	if err != nil {
+		return err
+	}
+	for at := 0; ; at += len(entryMagic) {
+		i := bytes.Index(text[at:], entryMagic[:])
+		if i < 0 {
+			return nil
+		}
+		at += i
+		if l, err := unseal(text[at:]); err == nil && l.Index > last+1 {
+			return &CorruptError{File: file, Err: fmt.Errorf("entry %d cannot be read, entry %d after it can", last+1, l.Index)}
+		}
+	}
+}
+
+// segments lists the log's files in order of their first entry.
+func segments(dir string) []string {
+	list, _ := filepath.Glob(filepath.Join(dir, "*.wal"))
+	for i, file := range list {
+		list[i] = filepath.Base(file)
+	}
+	sort.Strings(list) // names begin with the first index, padded with zeros
+	return list
+}
+
+func newestSegment(dir string) string {
+	list := segments(dir)
+	if len(list) == 0 {
+		return metaFile
+	}
+	return list[len(list)-1]
+}
+
+func segmentOf(dir string, index uint64) string {
+	found := ""
+	for _, file := range segments(dir) {
+		var base uint64
+		if _, err := fmt.Sscanf(file, "%020d-", &base); err == nil && base <= index {
+			found = file
+		}
+	}
+	return filepath.Join(dir, found)
+}
+
+// checkSnapshots refuses a damaged snapshot. Raft would fall back on an older
+// one, whose successors may have been cut off the log.
+func checkSnapshots(dir string) error {
+	entries, err := os.ReadDir(filepath.Join(dir, snapshotsDir))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("data directory %s: cannot be read: %w", dir, cause(err))
+	}
+	var whole []string
+	for _, e := range entries {
+		if e.IsDir() && !strings.HasSuffix(e.Name(), ".tmp") {
+			whole = append(whole, e.Name())
+		}
+	}
+	if len(whole) == 0 {
+		return nil
+	}
+	store, err := raft.NewFileSnapshotStoreWithLogger(dir, keep, hclog.NewNullLogger())
+	if err != nil {
+		return fmt.Errorf("data directory %s: cannot be written: %w", dir, cause(err))
+	}
+	found, err := store.List()
+	if err != nil {
+		return err
+	}
+	known := make(map[string]bool)
+	for _, s := range found {
+		known[s.ID] = true
+	}
+	for _, name := range whole {
+		if len(found) < min(keep, len(whole)) && !known[name] {
+			return &CorruptError{File: filepath.Join(dir, snapshotsDir, name, "meta.json"), Err: machine.ErrCorrupt}
+		}
+	}
+	_, content, err := store.Open(found[0].ID) // compares its checksum
+	if err != nil {
+		return &CorruptError{File: filepath.Join(dir, snapshotsDir, found[0].ID, "state.bin"), Err: err}
+	}
+	return content.Close()
+}
+
+// Every entry is sealed before it goes to the log store: raft-wal has a
+// checksum per write, and does not look at it when it reads.
+//
+//	magic (4) | CRC-32C of what follows (4) | length of what follows (4) |
+//	index | term | type | data
+var entryMagic = [4]byte{0xd1, 0x57, 0x10, 0xc1}
+
+const sealHeader = 12
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+var errChecksum = errors.New("its checksum does not match")
+
+// seal returns a copy of an entry whose data can be checked, and found in a
+// damaged file.
+func seal(l *raft.Log) *raft.Log {
+	b := make([]byte, sealHeader, sealHeader+3*binary.MaxVarintLen64+len(l.Data))
+	copy(b, entryMagic[:])
+	b = binary.AppendUvarint(b, l.Index)
+	b = binary.AppendUvarint(b, l.Term)
+	b = append(b, byte(l.Type))
+	b = append(b, l.Data...)
+	binary.LittleEndian.PutUint32(b[8:], uint32(len(b)-sealHeader))
+	binary.LittleEndian.PutUint32(b[4:], crc32.Checksum(b[8:], castagnoli))
+	sealed := *l
+	sealed.Data = b
+	return &sealed
+}
+
+// unseal is the reverse of seal on data that begins with a sealed entry; the
+// result shares its memory.
+func unseal(b []byte) (l raft.Log, err error) {
+	if len(b) < sealHeader || !bytes.Equal(b[:4], entryMagic[:]) {
+		return l, errChecksum
+	}
+	size := uint64(binary.LittleEndian.Uint32(b[8:]))
+	if size > uint64(len(b)-sealHeader) {
+		return l, errChecksum
+	}
+	b = b[:sealHeader+size]
+	if binary.LittleEndian.Uint32(b[4:]) != crc32.Checksum(b[8:], castagnoli) {
+		return l, errChecksum
+	}
+	b = b[sealHeader:]
+	var n int
+	if l.Index, n = binary.Uvarint(b); n <= 0 {
+		return l, errChecksum
+	}
+	b = b[n:]
+	if l.Term, n = binary.Uvarint(b); n <= 0 || len(b) == n {
+		return l, errChecksum
+	}
+	b = b[n:]
+	l.Type, l.Data = raft.LogType(b[0]), b[1:]
+	return l, nil
+}
+
+// lastError remembers the last error that a library only logged.
+type lastError struct{ text chan string }
+
+func (l *lastError) get() string {
+	if l.text == nil {
+		return ""
+	}
+	select {
+	case s := <-l.text:
+		return s
+	default:
+		return ""
+	}
+}
+
+func (l *lastError) put(s string) {
+	select {
+	case <-l.text:
+	default:
+	}
+	select {
+	case l.text <- s:
+	default:
+	}
+}
+
+// quiet gives a library's log to ours, one level down: what it calls a
+// warning or an error is one of its own concerns, and ours are reported by us.
+func quiet(logger *zap.Logger, last *lastError) hclog.Logger {
+	if last != nil {
+		last.text = make(chan string, 1)
+	}
+	return hclog.New(&hclog.LoggerOptions{
+		Level: hclog.Info, Output: lines{logger, last}, DisableTime: true,
+	})
+}
+
+type lines struct {
+	logger *zap.Logger
+	last   *lastError
+}
+
+// Write implements io.Writer: one line a call.
+func (w lines) Write(p []byte) (int, error) {
+	line := strings.TrimSpace(string(p))
+	level, text, _ := strings.Cut(line, "]")
+	text = strings.TrimLeft(text, " :")
+	if strings.Contains(level, "ERROR") {
+		if w.last != nil {
+			w.last.put(text)
+		}
+		w.logger.Warn(text)
+	} else {
+		w.logger.Debug(text)
+	}
+	return len(p), nil
+}

@@ -1,0 +1,398 @@
+package replica
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"go.uber.org/goleak"
+
+	"github.com/distlock/distlock/lease"
+	"github.com/distlock/distlock/lease/machine"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// open opens a replica and waits until it leads.
+func open(t testing.TB, cfg Config) *Replica {
+	t.Helper()
+	r, err := tryOpen(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lead(t, r)
+	return r
+}
+
+func tryOpen(cfg Config) (*Replica, error) {
+	if cfg.Store == nil {
+		cfg.Store = lease.NewStore(0)
+	}
+	if cfg.SegmentSize == 0 {
+		cfg.SegmentSize = 1 << 20
+	}
+	return Open(cfg)
+}
+
+func lead(t testing.TB, r *Replica) lease.Leadership {
+	t.Helper()
+	select {
+	case l := <-r.Leadership():
+		if !l.Leader {
+			t.Fatal("not the leader")
+		}
+		return l
+	case <-time.After(10 * time.Second):
+		t.Fatal("no leader within 10s")
+	}
+	panic("unreachable")
+}
+
+func propose(r *Replica, commands ...machine.Command) (machine.Outcome, error) {
+	type answer struct {
+		out machine.Outcome
+		err error
+	}
+	done := make(chan answer, 1)
+	r.Propose(machine.Batch{Stamp: 1, Commands: commands}, func(out machine.Outcome, err error) { done <- answer{out, err} })
+	a := <-done
+	return a.out, a.err
+}
+
+func acquire(t testing.TB, r *Replica, n int) {
+	t.Helper()
+	out, err := propose(r, &machine.Acquire{Request: machine.RequestID(n + 1), Names: []string{fmt.Sprintf("lock/%d", n)}, Mode: machine.Exclusive, TTL: 1e9})
+	if err != nil || out.Results[0].Grant == nil {
+		t.Fatal(out, err)
+	}
+}
+
+// locks counts the leading locks lock/0, lock/1, … that a store has, and fails
+// when it has any other: a log recovers to a prefix of its history.
+func locks(t testing.TB, s *lease.Store) int {
+	t.Helper()
+	have, prefix := 0, 0
+	s.Read(func(m *machine.Machine) {
+		have = m.Counts().Locks
+		for {
+			if _, ok := m.Lock(fmt.Sprintf("lock/%d", prefix)); !ok {
+				return
+			}
+			prefix++
+		}
+	})
+	if have != prefix {
+		t.Fatalf("%d locks, of which %d are a prefix of the history", have, prefix)
+	}
+	return prefix
+}
+
+func TestReopenHasEverything(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "data")
+	for round := range 3 {
+		store := lease.NewStore(0)
+		r := open(t, Config{Dir: dir, Store: store})
+		if n := locks(t, store); n != round*10 {
+			t.Fatalf("round %d: %d locks", round, n)
+		}
+		for i := range 10 {
+			acquire(t, r, round*10+i)
+		}
+		id := r.ClusterID()
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if id == "" || r.NodeID() != "n1" {
+			t.Fatalf("cluster %q node %q", id, r.NodeID())
+		}
+	}
+	info, err := os.Stat(dir)
+	if err != nil || info.Mode().Perm() != 0o700 {
+		t.Fatalf("%v %v", info.Mode(), err)
+	}
+}
+
+func TestSecondServerIsRefused(t *testing.T) {
+	dir := t.TempDir()
+	r := open(t, Config{Dir: dir})
+	defer r.Close()
+	if _, err := tryOpen(Config{Dir: dir}); !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), dir) {
+		t.Fatal(err)
+	}
+}
+
+func TestSnapshotAndRestart(t *testing.T) {
+	dir := t.TempDir()
+	r := open(t, Config{Dir: dir, SnapshotEntries: 50, TrailingEntries: 10, SnapshotInterval: 10 * time.Millisecond})
+	for i := range 300 {
+		acquire(t, r, i)
+	}
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		list, err := r.disk.snapshots.List()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(list) > 0 && list[0].Index > 200 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("no snapshot")
+		}
+		time.Sleep(time.Millisecond)
+	}
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	store := lease.NewStore(0)
+	r = open(t, Config{Dir: dir, Store: store})
+	defer r.Close()
+	if first, err := r.disk.wal.FirstIndex(); err != nil || first < 50 {
+		t.Errorf("the log begins at %d: it was not cut (%v)", first, err)
+	}
+	if n := locks(t, store); n != 300 {
+		t.Fatalf("%d locks", n)
+	}
+	acquire(t, r, 300)
+}
+
+// history makes a log of n grants and returns its newest segment.
+func history(t *testing.T, dir string, n int) string {
+	t.Helper()
+	r := open(t, Config{Dir: dir})
+	for i := range n {
+		acquire(t, r, i)
+	}
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(dir, newestSegment(dir))
+}
+
+func copyDir(t *testing.T, from string) string {
+	t.Helper()
+	to := t.TempDir()
+	if err := os.CopyFS(to, os.DirFS(from)); err != nil {
+		t.Fatal(err)
+	}
+	return to
+}
+
+// used is where the written part of a segment ends.
+func used(text []byte) int {
+	n := len(text)
+	for n > 0 && text[n-1] == 0 {
+		n--
+	}
+	return n
+}
+
+// TestTornTail cuts the log at many places of its last write, as a crash in
+// the middle of it does: everything before is there.
+func TestTornTail(t *testing.T) {
+	const n = 20
+	dir := t.TempDir()
+	segment := history(t, dir, n)
+	text, err := os.ReadFile(segment)
+	if err != nil {
+		t.Fatal(err)
+	}
+	last := strings.LastIndex(string(text), string(entryMagic[:])) - 8
+	for cut := last; cut <= used(text); cut += 3 {
+		torn := copyDir(t, dir)
+		damaged := append([]byte(nil), text...)
+		clear(damaged[cut:])
+		if err := os.WriteFile(filepath.Join(torn, filepath.Base(segment)), damaged, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		store := lease.NewStore(0)
+		r := open(t, Config{Dir: torn, Store: store})
+		if got := locks(t, store); got < n-1 {
+			t.Fatalf("cut at %d of %d: %d locks of %d", cut, used(text), got, n)
+		} else if cut == last && got != n-1 {
+			t.Fatalf("the last write is cut off and yet there: %d", got)
+		} else if got == n-1 {
+			acquire(t, r, n-1)
+		}
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestFlippedBits flips bits all over the log. Each flip is either refused,
+// with the file's name and what to do, or harmless: nothing is missing. Only
+// the last write cannot be told from one that a crash has torn.
+func TestFlippedBits(t *testing.T) {
+	const n = 20
+	dir := t.TempDir()
+	segment := history(t, dir, n)
+	text, err := os.ReadFile(segment)
+	if err != nil {
+		t.Fatal(err)
+	}
+	last := strings.LastIndex(string(text), string(entryMagic[:])) - 8
+	refused := 0
+	for at := 0; at < last; at += 7 {
+		flipped := copyDir(t, dir)
+		damaged := append([]byte(nil), text...)
+		damaged[at] ^= 1 << (at % 8)
+		if err := os.WriteFile(filepath.Join(flipped, filepath.Base(segment)), damaged, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		store := lease.NewStore(0)
+		r, err := tryOpen(Config{Dir: flipped, Store: store})
+		if err != nil {
+			var corrupt *CorruptError
+			if !errors.As(err, &corrupt) || !strings.Contains(err.Error(), flipped) || strings.Contains(err.Error(), "\n") {
+				t.Fatalf("flip at %d: %v", at, err)
+			}
+			refused++
+			continue
+		}
+		lead(t, r)
+		if got := locks(t, store); got != n {
+			t.Errorf("flip at %d of %d: %d locks of %d, and no error", at, last, got, n)
+		}
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if refused < last/7/2 {
+		t.Errorf("%d of %d flips were refused", refused, last/7)
+	}
+	t.Logf("%d of %d flips refused, the others harmless", refused, last/7+1)
+}
+
+func TestDamagedSnapshotIsRefused(t *testing.T) {
+	dir := t.TempDir()
+	r := open(t, Config{Dir: dir})
+	acquire(t, r, 0)
+	if err := r.raft.Snapshot().Error(); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{"state.bin", "meta.json"} {
+		damaged := copyDir(t, dir)
+		list, _ := filepath.Glob(filepath.Join(damaged, snapshotsDir, "*", file))
+		text, err := os.ReadFile(list[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		text[0] ^= 0x41
+		if err := os.WriteFile(list[0], text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var corrupt *CorruptError
+		if _, err := tryOpen(Config{Dir: damaged}); !errors.As(err, &corrupt) || !strings.Contains(err.Error(), file) {
+			t.Errorf("%s damaged: %v", file, err)
+		}
+	}
+}
+
+// failing is a log store whose disk becomes full.
+type failing struct {
+	raft.LogStore
+	full atomic.Bool
+}
+
+func (f *failing) StoreLogs(logs []*raft.Log) error {
+	if f.full.Load() {
+		return syscall.ENOSPC
+	}
+	return f.LogStore.StoreLogs(logs)
+}
+
+func TestFailedWriteStopsTheLog(t *testing.T) {
+	dir := t.TempDir()
+	var store *failing
+	r := open(t, Config{Dir: dir, wrapLog: func(l raft.LogStore) raft.LogStore {
+		store = &failing{LogStore: l}
+		return store
+	}})
+	acquire(t, r, 0)
+	store.full.Store(true)
+	_, err := propose(r, &machine.Declare{Name: "d"})
+	if !errors.Is(err, lease.ErrOutcomeUnknown) {
+		t.Errorf("in flight: %v", err)
+	}
+	if _, open := <-r.Leadership(); open {
+		if _, open := <-r.Leadership(); open {
+			t.Error("leadership goes on")
+		}
+	}
+	if err := r.Err(); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("Err: %v", err)
+	}
+	if _, err := propose(r, &machine.Declare{Name: "e"}); err == nil {
+		t.Error("acknowledged after a failed write")
+	}
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	again := lease.NewStore(0)
+	r = open(t, Config{Dir: dir, Store: again})
+	defer r.Close()
+	if n := locks(t, again); n != 1 {
+		t.Errorf("%d locks", n)
+	}
+}
+
+func TestUnknownCommandStopsTheNode(t *testing.T) {
+	r := open(t, Config{Dir: t.TempDir()})
+	defer r.Close()
+	future := r.raft.Apply([]byte{1, 0, 1, 200}, 0)
+	if err := future.Error(); err != nil {
+		t.Fatal(err)
+	}
+	<-r.closing
+	if !errors.Is(r.Err(), machine.ErrUnknownCommand) {
+		t.Fatal(r.Err())
+	}
+}
+
+func BenchmarkPropose(b *testing.B) {
+	r := open(b, Config{Dir: b.TempDir(), SegmentSize: 32 << 20})
+	defer r.Close()
+	b.ReportAllocs()
+	for i := 0; b.Loop(); i++ {
+		acquire(b, r, i)
+	}
+}
+
+// BenchmarkRestart measures opening a directory with held locks, up to the
+// moment of leading, from a snapshot.
+func BenchmarkRestart(b *testing.B) {
+	for _, n := range []int{1_000, 1_000_000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			dir := b.TempDir()
+			r := open(b, Config{Dir: dir, SegmentSize: 32 << 20})
+			var commands []machine.Command
+			for i := range n {
+				commands = append(commands, &machine.Acquire{Request: machine.RequestID(i + 1), Names: []string{fmt.Sprintf("lock/%d", i)}, Mode: machine.Exclusive, TTL: 1e9})
+				if len(commands) == 1000 {
+					if _, err := propose(r, commands...); err != nil {
+						b.Fatal(err)
+					}
+					commands = nil
+				}
+			}
+			if err := r.raft.Snapshot().Error(); err != nil {
+				b.Fatal(err)
+			}
+			r.Close()
+			for b.Loop() {
+				open(b, Config{Dir: dir}).Close()
+			}
+		})
+	}
+}
