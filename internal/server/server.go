@@ -1,0 +1,213 @@
+// Package server puts a distlock server together: log, manager, transport.
+// The command and every end-to-end test use the same assembly.
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/jonboulle/clockwork"
+	"go.uber.org/zap"
+
+	"github.com/distlock/distlock/internal/replica"
+	"github.com/distlock/distlock/lease"
+	"github.com/distlock/distlock/transport"
+)
+
+// Config configures a Server. The zero value of a field takes the default
+// that its comment gives.
+type Config struct {
+	Address string // "[::]" or an IP or host name; default "[::]"
+	Port    int    // 0 takes any free port
+	// Listener is used in place of Address and Port when it is set.
+	Listener net.Listener
+
+	DataDir  string // default "distlock-data"
+	InMemory bool   // keep nothing on disk; DataDir is not used
+
+	// MaxWorkers bounds the requests being worked on at once; 0 for no bound.
+	MaxWorkers      int
+	MaxMessageBytes int // default 1 MiB
+	Bounds          lease.Bounds
+	// DrainTimeout bounds how long calls under way may take to finish once
+	// the server stops; default 5s.
+	DrainTimeout time.Duration
+
+	Logger  *zap.Logger     // default: none
+	Clock   clockwork.Clock // default: the real one
+	Version string
+}
+
+// Server is a distlock server. New makes it, Run runs it once.
+type Server struct {
+	cfg       Config
+	listener  net.Listener
+	log       lease.Log
+	replica   *replica.Replica // nil in memory
+	manager   *lease.Manager
+	transport *transport.Server
+	started   time.Time
+}
+
+// New opens the log and the port. Errors are one line each, fit for a user.
+func New(cfg Config) (*Server, error) {
+	if cfg.Address == "" {
+		cfg.Address = "[::]"
+	}
+	if cfg.DataDir == "" {
+		cfg.DataDir = "distlock-data"
+	}
+	if cfg.DrainTimeout == 0 {
+		cfg.DrainTimeout = 5 * time.Second
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = zap.NewNop()
+	}
+	if cfg.Clock == nil {
+		cfg.Clock = clockwork.NewRealClock()
+	}
+	if b := cfg.Bounds; b.MinTTL < 0 || b.MaxTTL < 0 || (b.MinTTL > 0 && b.MaxTTL > 0 && b.MinTTL > b.MaxTTL) {
+		return nil, fmt.Errorf("the TTL bounds are the wrong way round: %v to %v", b.MinTTL, b.MaxTTL)
+	}
+	s := &Server{cfg: cfg, listener: cfg.Listener, started: cfg.Clock.Now()}
+	if err := s.listen(); err != nil {
+		return nil, err
+	}
+	if err := s.open(); err != nil {
+		s.listener.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *Server) listen() error {
+	if s.listener != nil {
+		return nil
+	}
+	host := s.cfg.Address
+	if len(host) > 1 && host[0] == '[' && host[len(host)-1] == ']' {
+		host = host[1 : len(host)-1]
+	}
+	address := net.JoinHostPort(host, strconv.Itoa(s.cfg.Port))
+	l, err := net.Listen("tcp", address)
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		return fmt.Errorf("%s is in use: another server listens there; choose another with --port", address)
+	case err != nil:
+		return fmt.Errorf("cannot listen on %s: %w", address, err)
+	}
+	s.listener = l
+	return nil
+}
+
+func (s *Server) open() error {
+	var base uint64
+	if s.cfg.InMemory {
+		// Nothing remembers the counters: a clock lets them rise all the same.
+		base = uint64(max(s.cfg.Clock.Now().UnixMicro(), 0))
+	}
+	store := lease.NewStore(base)
+	if s.cfg.InMemory {
+		s.log = lease.NewMemoryLog(store)
+	} else {
+		r, err := replica.Open(replica.Config{Dir: s.cfg.DataDir, Store: store, Logger: s.cfg.Logger})
+		if err != nil {
+			return err
+		}
+		s.log, s.replica = r, r
+	}
+	manager, err := lease.New(lease.Config{
+		Clock: s.cfg.Clock, Log: s.log, Store: store, Bounds: s.cfg.Bounds, Logger: s.cfg.Logger,
+	})
+	if err != nil {
+		return errors.Join(err, s.log.Close())
+	}
+	s.manager = manager
+	s.transport = transport.NewServer(transport.Config{
+		Manager: manager, Node: s.node, Logger: s.cfg.Logger,
+		Workers: s.cfg.MaxWorkers, MaxMessageBytes: s.cfg.MaxMessageBytes,
+	})
+	return nil
+}
+
+func (s *Server) node() transport.Node {
+	n := transport.Node{
+		ID: "n1", Version: s.cfg.Version, ClientAddress: s.Addr().String(),
+		InMemory: s.cfg.InMemory, StartedAt: s.started,
+	}
+	if s.replica != nil {
+		n.ID, n.ClusterID, n.AppliedIndex = s.replica.NodeID(), s.replica.ClusterID(), s.replica.AppliedIndex()
+	}
+	return n
+}
+
+// Addr is where the server listens.
+func (s *Server) Addr() net.Addr { return s.listener.Addr() }
+
+// Run serves until ctx ends, then drains and returns nil. When the log fails
+// it returns why. Whatever happens, the log is closed and the port free when
+// it returns.
+func (s *Server) Run(ctx context.Context) error {
+	durability, dir := "every acknowledged change is synced to disk", s.cfg.DataDir
+	if s.cfg.InMemory {
+		durability, dir = "in memory: a restart forgets everything but the order of tokens", ""
+	}
+	s.cfg.Logger.Info("distlock serves", zap.Stringer("address", s.Addr()), zap.String("dataDir", dir),
+		zap.String("durability", durability), zap.String("version", s.cfg.Version))
+
+	loop, stopLoop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopLoop()
+	managed := make(chan error, 1)
+	go func() { managed <- s.manager.Run(loop) }()
+	served := make(chan error, 1)
+	go func() {
+		// Calls that arrive before the log leads wait in the listen queue.
+		select {
+		case <-s.manager.Ready():
+			s.transport.SetServing(true)
+		case <-loop.Done():
+		}
+		served <- s.transport.Serve(s.listener)
+	}()
+
+	var err error
+	select {
+	case <-ctx.Done():
+		s.cfg.Logger.Info("stopping: calls under way may finish", zap.Duration("within", s.cfg.DrainTimeout))
+		s.transport.SetServing(false)
+		s.manager.Drain()
+	case err = <-managed:
+		managed <- nil
+		if err == nil {
+			err = errors.New("the log was closed")
+		}
+		s.transport.SetServing(false)
+	case err = <-served:
+		served <- nil
+		err = fmt.Errorf("serving on %s ended: %w", s.Addr(), err)
+	}
+	bounded, cancel := context.WithTimeout(context.Background(), s.cfg.DrainTimeout)
+	defer cancel()
+	s.transport.Stop(bounded)
+	stopLoop()
+	<-managed
+	<-served
+	s.listener.Close()
+	if closeErr := s.log.Close(); closeErr != nil && err == nil {
+		err = closeErr
+	}
+	if err == nil {
+		s.cfg.Logger.Info("stopped")
+	}
+	return err
+}
+
+// Close gives up a server that was never run.
+func (s *Server) Close() error {
+	return errors.Join(s.listener.Close(), s.log.Close())
+}

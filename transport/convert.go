@@ -1,0 +1,185 @@
+package transport
+
+import (
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/distlock/distlock/lease"
+	"github.com/distlock/distlock/lease/machine"
+	pb "github.com/distlock/distlock/proto/distlock/v1"
+)
+
+func timestamp(ns int64) *timestamppb.Timestamp { return timestamppb.New(time.Unix(0, ns)) }
+
+// duration reads a duration; one out of Go's range is an invalid argument.
+func duration(field string, d *durationpb.Duration) (time.Duration, error) {
+	if d == nil {
+		return 0, nil
+	}
+	// AsDuration saturates: what does not come back the same was out of range.
+	if err := d.CheckValid(); err != nil || durationpb.New(d.AsDuration()).GetSeconds() != d.GetSeconds() {
+		return 0, &lease.InvalidError{Field: field, Msg: "is out of range"}
+	}
+	return d.AsDuration(), nil
+}
+
+func metas(m map[string]string) []machine.Meta {
+	list := make([]machine.Meta, 0, len(m))
+	for k, v := range m {
+		list = append(list, machine.Meta{Key: k, Value: v}) // the manager sorts
+	}
+	return list
+}
+
+func metaMap(list []machine.Meta) map[string]string {
+	if len(list) == 0 {
+		return nil
+	}
+	m := make(map[string]string, len(list))
+	for _, e := range list {
+		m[e.Key] = e.Value
+	}
+	return m
+}
+
+func acquireRequest(r *pb.AcquireRequest) (lease.AcquireRequest, error) {
+	ttl, err := duration("ttl", r.GetTtl())
+	if err != nil {
+		return lease.AcquireRequest{}, err
+	}
+	wait, err := duration("wait", r.GetWait())
+	if err != nil {
+		return lease.AcquireRequest{}, err
+	}
+	delay, err := duration("lock_delay", r.GetLockDelay())
+	if err != nil {
+		return lease.AcquireRequest{}, err
+	}
+	switch {
+	case wait < 0:
+		return lease.AcquireRequest{}, &lease.InvalidError{Field: "wait", Msg: "must not be negative"}
+	case r.GetWaitForever() && wait != 0:
+		return lease.AcquireRequest{}, &lease.InvalidError{Field: "wait", Msg: "is set, and wait_forever too"}
+	case r.GetWaitForever():
+		wait = lease.WaitForever
+	}
+	mode := lease.Mode(r.GetMode())
+	switch r.GetMode() {
+	case pb.Mode_MODE_UNSPECIFIED:
+		mode = machine.Exclusive
+	case pb.Mode_MODE_EXCLUSIVE, pb.Mode_MODE_SHARED:
+	default:
+		return lease.AcquireRequest{}, &lease.InvalidError{Field: "mode", Msg: "must be exclusive or shared"}
+	}
+	return lease.AcquireRequest{
+		Lease: lease.ID(r.GetLeaseId()), Request: lease.RequestID(r.GetRequestId()),
+		LowestOpen: lease.RequestID(r.GetLowestOpenRequestId()), Names: r.GetNames(), Mode: mode,
+		Limit: r.GetLimit(), Wait: wait, LockDelay: delay, Actor: r.GetActor(),
+		Metadata: metas(r.GetMetadata()), TTL: ttl, Owner: r.GetOwner(),
+	}, nil
+}
+
+func grant(g *machine.Grant, ttl time.Duration) *pb.Grant {
+	out := &pb.Grant{
+		Token: uint64(g.Token), LeaseId: uint64(g.Lease), Mode: pb.Mode(g.Mode), GrantedAt: timestamp(g.Since),
+	}
+	if ttl > 0 {
+		out.Ttl = durationpb.New(ttl)
+	}
+	if g.Request < machine.AnonymousRequest {
+		out.RequestId = uint64(g.Request)
+	}
+	for _, k := range g.Locks {
+		out.Locks = append(out.Locks, &pb.GrantedLock{Name: k.Name, Floor: uint64(k.Floor)})
+	}
+	return out
+}
+
+func holders(list []machine.Holder) []*pb.Holder {
+	var out []*pb.Holder
+	for _, h := range list {
+		p := &pb.Holder{
+			Token: uint64(h.Token), Floor: uint64(h.Floor), LeaseId: uint64(h.Lease), Owner: h.Owner,
+			Mode: pb.Mode(h.Mode), Since: timestamp(h.Since), Actor: h.Actor, Metadata: metaMap(h.Metadata),
+		}
+		if h.LockDelay > 0 {
+			p.LockDelay = durationpb.New(time.Duration(h.LockDelay))
+		}
+		out = append(out, p)
+	}
+	return out
+}
+
+func waiters(list []machine.Waiter) []*pb.Waiter {
+	var out []*pb.Waiter
+	for _, w := range list {
+		out = append(out, &pb.Waiter{
+			LeaseId: uint64(w.Lease), Owner: w.Owner, Mode: pb.Mode(w.Mode), Since: timestamp(w.Since),
+			Actor: w.Actor, Metadata: metaMap(w.Metadata), Limit: w.Limit,
+		})
+	}
+	return out
+}
+
+func lockInfo(k lease.LockInfo) *pb.Lock {
+	out := &pb.Lock{
+		Name: k.Name, Holders: holders(k.Holders), Waiters: waiters(k.Waiters), WaiterCount: int32(k.WaiterCount),
+		Limit: k.Limit, Declared: k.Declared, Clock: k.Clock, LastToken: uint64(k.Last),
+	}
+	if k.DelayRemaining > 0 {
+		out.DelayRemaining = durationpb.New(k.DelayRemaining)
+	}
+	return out
+}
+
+func leaseInfo(l lease.LeaseInfo) *pb.Lease {
+	out := &pb.Lease{
+		LeaseId: uint64(l.ID), Ttl: durationpb.New(time.Duration(l.TTL)), Remaining: durationpb.New(l.Remaining),
+		Owner: l.Owner, Metadata: metaMap(l.Metadata), GrantedAt: timestamp(l.Since), Own: l.Own,
+	}
+	for i := range l.Holds {
+		out.Holds = append(out.Holds, grant(&l.Holds[i], 0))
+	}
+	for _, w := range l.Waits {
+		out.WaitingFor = append(out.WaitingFor, w.Names...)
+	}
+	return out
+}
+
+// kinds are the machine's events as the API names them; a lease's own events
+// are not of a lock and are left out.
+var kinds = map[machine.EventKind]pb.Event_Kind{
+	machine.EventQueued:       pb.Event_KIND_QUEUED,
+	machine.EventGranted:      pb.Event_KIND_GRANTED,
+	machine.EventHoldEnded:    pb.Event_KIND_ENDED,
+	machine.EventAbandoned:    pb.Event_KIND_ABANDONED,
+	machine.EventDelayStarted: pb.Event_KIND_DELAY_STARTED,
+	machine.EventDelayEnded:   pb.Event_KIND_DELAY_ENDED,
+	machine.EventDeclared:     pb.Event_KIND_DECLARED,
+	machine.EventUndeclared:   pb.Event_KIND_UNDECLARED,
+}
+
+// event turns one of the machine's into one per lock.
+func event(list []*pb.Event, e lease.Event, wanted func(name string) bool) []*pb.Event {
+	kind, ok := kinds[e.Kind]
+	if !ok {
+		return list
+	}
+	for _, k := range e.Locks {
+		if !wanted(k.Name) {
+			continue
+		}
+		p := &pb.Event{
+			Revision: e.Revision, Kind: kind, Name: k.Name, LeaseId: uint64(e.Lease), Owner: e.Owner,
+			Token: uint64(e.Token), Floor: uint64(k.Floor), Mode: pb.Mode(e.Mode), Cause: pb.EndCause(e.Cause),
+			By: e.By, Time: timestamp(e.Stamp),
+		}
+		if e.Delay.Duration > 0 {
+			p.Delay = durationpb.New(time.Duration(e.Delay.Duration))
+		}
+		list = append(list, p)
+	}
+	return list
+}

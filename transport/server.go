@@ -1,0 +1,270 @@
+// Package transport is the gRPC server: it validates, converts, and maps
+// errors. What locks mean is the manager's business.
+package transport
+
+import (
+	"context"
+	"net"
+	"runtime/debug"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/reflection"
+	"google.golang.org/grpc/status"
+
+	"github.com/distlock/distlock/fence"
+	"github.com/distlock/distlock/lease"
+	original "github.com/distlock/distlock/proto/distlock"
+	pb "github.com/distlock/distlock/proto/distlock/v1"
+)
+
+// Manager is what the transport asks of the lease manager. Errors are those of
+// package lease; all methods are safe for concurrent use.
+type Manager interface {
+	GrantLease(context.Context, lease.GrantLeaseRequest) (lease.LeaseInfo, error)
+	KeepAlive(context.Context, []lease.ID) ([]lease.KeepAlive, error)
+	RevokeLease(ctx context.Context, id lease.ID, by string) error
+	Lease(context.Context, lease.ID) (lease.LeaseInfo, error)
+	Leases(ctx context.Context, after lease.ID, limit int) ([]lease.LeaseInfo, bool, error)
+	Acquire(context.Context, lease.AcquireRequest) (lease.Grant, error)
+	Release(context.Context, lease.ReleaseRequest) error
+	Abandon(context.Context, lease.ID, lease.RequestID) error
+	Lock(ctx context.Context, name string) (lease.LockInfo, uint64, error)
+	Locks(ctx context.Context, prefix, after string, limit int) ([]lease.LockInfo, bool, uint64, error)
+	CheckToken(ctx context.Context, name string, token fence.Token) (lease.TokenCheck, error)
+	ForceRelease(ctx context.Context, name string, token fence.Token, by string) error
+	Watch(prefix string, from uint64) (*lease.Watcher, error)
+	Declare(ctx context.Context, name string) error
+	Undeclare(ctx context.Context, name string) error
+	ReleaseClock(ctx context.Context, name string, clock uint64) error
+	Status() lease.Status
+}
+
+// Node is what a node tells of itself.
+type Node struct {
+	ID, ClusterID, Version, ClientAddress string
+	InMemory                              bool
+	StartedAt                             time.Time
+	AppliedIndex                          uint64
+}
+
+// Config configures a Server. Manager and Node are required.
+type Config struct {
+	Manager Manager
+	Node    func() Node
+	Logger  *zap.Logger
+	// Workers bounds the requests being worked on at once; 0 sets no bound. A
+	// request that is parked in a queue or waits for the log is not being
+	// worked on.
+	Workers int
+	// MaxMessageBytes bounds one message; 0 is 1 MiB.
+	MaxMessageBytes int
+	// MaxStreams bounds the calls under way on one connection; 0 is 10,000.
+	MaxStreams uint32
+}
+
+// Server is the gRPC server with all services.
+type Server struct {
+	grpc   *grpc.Server
+	health *health.Server
+}
+
+// NewServer returns a server. Serve starts it.
+func NewServer(cfg Config) *Server {
+	if cfg.Logger == nil {
+		cfg.Logger = zap.NewNop()
+	}
+	if cfg.MaxMessageBytes == 0 {
+		cfg.MaxMessageBytes = 1 << 20
+	}
+	if cfg.MaxStreams == 0 {
+		cfg.MaxStreams = 10_000
+	}
+	work := newWorkers(cfg.Workers)
+	s := &Server{
+		grpc: grpc.NewServer(
+			grpc.MaxRecvMsgSize(cfg.MaxMessageBytes),
+			grpc.MaxConcurrentStreams(cfg.MaxStreams),
+			grpc.MaxHeaderListSize(16<<10),
+			grpc.ConnectionTimeout(20*time.Second),
+			grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+			grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
+			grpc.ChainUnaryInterceptor(unary(cfg.Logger, work)),
+			grpc.ChainStreamInterceptor(streaming(cfg.Logger)),
+		),
+		health: health.NewServer(),
+	}
+	pb.RegisterLockServiceServer(s.grpc, &lockService{m: cfg.Manager, work: work})
+	pb.RegisterLeaseServiceServer(s.grpc, &leaseService{m: cfg.Manager, work: work})
+	pb.RegisterClusterServiceServer(s.grpc, &clusterService{m: cfg.Manager, node: cfg.Node})
+	original.RegisterDistlockServer(s.grpc, &originalService{m: cfg.Manager, work: work})
+	healthpb.RegisterHealthServer(s.grpc, s.health)
+	reflection.Register(s.grpc)
+	s.health.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
+	return s
+}
+
+// SetServing is what the health service answers.
+func (s *Server) SetServing(serving bool) {
+	state := healthpb.HealthCheckResponse_NOT_SERVING
+	if serving {
+		state = healthpb.HealthCheckResponse_SERVING
+	}
+	s.health.SetServingStatus("", state)
+}
+
+// Serve accepts connections until Stop; it returns nil then.
+func (s *Server) Serve(l net.Listener) error { return s.grpc.Serve(markedListener{l}) }
+
+// Stop lets calls under way finish for as long as ctx allows, then cuts them.
+func (s *Server) Stop(ctx context.Context) {
+	done := make(chan struct{})
+	go func() {
+		s.grpc.GracefulStop()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-ctx.Done():
+		s.grpc.Stop()
+		<-done
+	}
+}
+
+// unary maps errors, keeps a panic in one call from ending the server, and
+// holds the bound of workers.
+func unary(logger *zap.Logger, work workers) grpc.UnaryServerInterceptor {
+	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+		defer rescue(logger, info.FullMethod, &err)
+		if err := work.enter(ctx); err != nil {
+			return nil, toStatus(err)
+		}
+		defer work.leave()
+		resp, err = handler(ctx, req)
+		if err != nil {
+			return nil, asStatus(err)
+		}
+		return resp, nil
+	}
+}
+
+func streaming(logger *zap.Logger) grpc.StreamServerInterceptor {
+	return func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
+		defer rescue(logger, info.FullMethod, &err)
+		if err := handler(srv, stream); err != nil {
+			return asStatus(err)
+		}
+		return nil
+	}
+}
+
+// asStatus leaves an error that is a status already (the original's, gRPC's
+// own) as it is.
+func asStatus(err error) error {
+	if _, ok := status.FromError(err); ok {
+		return err
+	}
+	return toStatus(err)
+}
+
+func rescue(logger *zap.Logger, method string, err *error) {
+	if p := recover(); p != nil {
+		logger.Error("a call panicked", zap.String("method", method), zap.Any("panic", p), zap.ByteString("stack", debug.Stack()))
+		*err = status.Error(codes.Internal, "the server failed to handle the call; its log says more")
+	}
+}
+
+// workers bounds how many requests are worked on at once; nil sets no bound.
+type workers chan struct{}
+
+func newWorkers(n int) workers {
+	if n <= 0 {
+		return nil
+	}
+	return make(workers, n)
+}
+
+func (w workers) enter(ctx context.Context) error {
+	if w == nil {
+		return nil
+	}
+	select {
+	case w <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (w workers) leave() {
+	if w != nil {
+		<-w
+	}
+}
+
+// elsewhere gives the worker back while fn waits for the manager: in a queue
+// or for the log. It is taken again to finish the request, or not at all when
+// the caller has gone.
+func (w workers) elsewhere(ctx context.Context, fn func()) {
+	w.leave()
+	fn()
+	if w != nil {
+		w <- struct{}{} // not bounded by ctx: leave follows in any case
+	}
+}
+
+// detachable returns a context that ends with ctx, with the cause ErrDetached
+// when ctx ends because the client's connection was lost rather than because
+// the client cancelled the call.
+func detachable(ctx context.Context) (context.Context, context.CancelFunc) {
+	out, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		cause := ctx.Err()
+		if p, ok := peer.FromContext(ctx); ok {
+			if a, ok := p.Addr.(*markedAddr); ok && a.closed.Load() {
+				cause = lease.ErrDetached
+			}
+		}
+		cancel(cause)
+	})
+	return out, func() { stop(); cancel(nil) }
+}
+
+// markedListener's connections tell, through their peer's address, whether
+// they have been closed. gRPC closes a lost connection before it cancels the
+// calls on it, and has no other way to tell the two ends of a call apart.
+type markedListener struct{ net.Listener }
+
+func (l markedListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return &markedConn{Conn: conn, addr: &markedAddr{Addr: conn.RemoteAddr()}}, nil
+}
+
+type markedConn struct {
+	net.Conn
+	addr *markedAddr
+}
+
+type markedAddr struct {
+	net.Addr
+	closed atomic.Bool
+}
+
+// RemoteAddr implements net.Conn.
+func (c *markedConn) RemoteAddr() net.Addr { return c.addr }
+
+// Close implements net.Conn.
+func (c *markedConn) Close() error {
+	c.addr.closed.Store(true)
+	return c.Conn.Close()
+}

@@ -1,0 +1,250 @@
+package transport
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"strconv"
+	"strings"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/distlock/distlock/fence"
+	"github.com/distlock/distlock/lease"
+	pb "github.com/distlock/distlock/proto/distlock/v1"
+)
+
+const (
+	defaultPage = 100
+	maxPage     = 1000
+)
+
+type lockService struct {
+	pb.UnimplementedLockServiceServer
+	m    Manager
+	work workers
+}
+
+func (s *lockService) Acquire(ctx context.Context, r *pb.AcquireRequest) (*pb.AcquireResponse, error) {
+	req, err := acquireRequest(r)
+	if err != nil {
+		return nil, err
+	}
+	ctx, stop := detachable(ctx)
+	defer stop()
+	var g lease.Grant
+	s.work.elsewhere(ctx, func() { g, err = s.m.Acquire(ctx, req) })
+	if err != nil {
+		return nil, err
+	}
+	return &pb.AcquireResponse{Grant: grant(&g.Grant, g.TTL)}, nil
+}
+
+func (s *lockService) Release(ctx context.Context, r *pb.ReleaseRequest) (_ *pb.ReleaseResponse, err error) {
+	s.work.elsewhere(ctx, func() {
+		err = s.m.Release(ctx, lease.ReleaseRequest{Lease: lease.ID(r.GetLeaseId()), Name: r.GetName(), Token: fence.Token(r.GetToken())})
+	})
+	return &pb.ReleaseResponse{}, err
+}
+
+func (s *lockService) Abandon(ctx context.Context, r *pb.AbandonRequest) (_ *pb.AbandonResponse, err error) {
+	s.work.elsewhere(ctx, func() { err = s.m.Abandon(ctx, lease.ID(r.GetLeaseId()), lease.RequestID(r.GetRequestId())) })
+	return &pb.AbandonResponse{}, err
+}
+
+func (s *lockService) Get(ctx context.Context, r *pb.GetRequest) (*pb.GetResponse, error) {
+	info, revision, err := s.m.Lock(ctx, r.GetName())
+	if err != nil {
+		return nil, err
+	}
+	return &pb.GetResponse{Lock: lockInfo(info), Revision: revision}, nil
+}
+
+func (s *lockService) List(ctx context.Context, r *pb.ListRequest) (*pb.ListResponse, error) {
+	size, after, err := page(r.GetPageSize(), r.GetPageToken())
+	if err != nil {
+		return nil, err
+	}
+	list, more, revision, err := s.m.Locks(ctx, r.GetPrefix(), after, size)
+	if err != nil {
+		return nil, err
+	}
+	out := &pb.ListResponse{Revision: revision}
+	for _, k := range list {
+		out.Locks = append(out.Locks, lockInfo(k))
+	}
+	if more {
+		out.NextPageToken = pageToken(list[len(list)-1].Name)
+	}
+	return out, nil
+}
+
+// page reads where a page begins: after the name or id in the token.
+func page(size int32, token string) (int, string, error) {
+	if size < 0 || size > maxPage {
+		return 0, "", &lease.InvalidError{Field: "page_size", Msg: "must be from 0 to " + strconv.Itoa(maxPage)}
+	}
+	if size == 0 {
+		size = defaultPage
+	}
+	after, err := base64.RawURLEncoding.DecodeString(token)
+	if err != nil {
+		return 0, "", &lease.InvalidError{Field: "page_token", Msg: "is not one that this server gave"}
+	}
+	return int(size), string(after), nil
+}
+
+func pageToken(after string) string { return base64.RawURLEncoding.EncodeToString([]byte(after)) }
+
+func (s *lockService) CheckToken(ctx context.Context, r *pb.CheckTokenRequest) (*pb.CheckTokenResponse, error) {
+	c, err := s.m.CheckToken(ctx, r.GetName(), fence.Token(r.GetToken()))
+	if err != nil {
+		return nil, err
+	}
+	return &pb.CheckTokenResponse{Live: c.Live, CurrentToken: uint64(c.Current), LastToken: uint64(c.Last), Floor: uint64(c.Floor)}, nil
+}
+
+func (s *lockService) ForceRelease(ctx context.Context, r *pb.ForceReleaseRequest) (_ *pb.ForceReleaseResponse, err error) {
+	s.work.elsewhere(ctx, func() { err = s.m.ForceRelease(ctx, r.GetName(), fence.Token(r.GetToken()), r.GetBy()) })
+	return &pb.ForceReleaseResponse{}, err
+}
+
+// Watch sends events as they come. A slow reader holds up only itself: gRPC's
+// flow control blocks Send, and the watcher is nothing but a position.
+func (s *lockService) Watch(r *pb.WatchRequest, stream pb.LockService_WatchServer) error {
+	w, err := s.m.Watch(r.GetPrefix(), r.GetFromRevision())
+	if err != nil {
+		return err
+	}
+	wanted := func(name string) bool { return strings.HasPrefix(name, r.GetPrefix()) }
+	for {
+		events, revision, err := w.Next(stream.Context())
+		if err != nil {
+			return err
+		}
+		out := &pb.WatchResponse{Revision: revision}
+		for _, e := range events {
+			out.Events = event(out.Events, e, wanted)
+		}
+		if err := stream.Send(out); err != nil {
+			return err
+		}
+	}
+}
+
+type leaseService struct {
+	pb.UnimplementedLeaseServiceServer
+	m    Manager
+	work workers
+}
+
+func (s *leaseService) Grant(ctx context.Context, r *pb.GrantRequest) (*pb.GrantResponse, error) {
+	ttl, err := duration("ttl", r.GetTtl())
+	if err != nil {
+		return nil, err
+	}
+	var info lease.LeaseInfo
+	s.work.elsewhere(ctx, func() {
+		info, err = s.m.GrantLease(ctx, lease.GrantLeaseRequest{
+			Request: lease.RequestID(r.GetRequestId()), TTL: ttl, Owner: r.GetOwner(), Metadata: metas(r.GetMetadata()),
+		})
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &pb.GrantResponse{LeaseId: uint64(info.ID), Ttl: durationpb.New(ttl)}, nil
+}
+
+// maxKeepAlive bounds the leases renewed by one message.
+const maxKeepAlive = 100_000
+
+func (s *leaseService) KeepAlive(ctx context.Context, r *pb.KeepAliveRequest) (*pb.KeepAliveResponse, error) {
+	if len(r.GetLeaseIds()) > maxKeepAlive {
+		return nil, &lease.InvalidError{Field: "lease_ids", Msg: "must be at most " + strconv.Itoa(maxKeepAlive)}
+	}
+	ids := make([]lease.ID, len(r.GetLeaseIds()))
+	for i, id := range r.GetLeaseIds() {
+		ids[i] = lease.ID(id)
+	}
+	list, err := s.m.KeepAlive(ctx, ids)
+	if err != nil {
+		return nil, err
+	}
+	out := &pb.KeepAliveResponse{Results: make([]*pb.KeepAliveResponse_Result, len(list))}
+	for i, k := range list {
+		result := &pb.KeepAliveResponse_Result{LeaseId: uint64(k.Lease)}
+		var refusal *lease.Refusal
+		switch {
+		case k.Err == nil:
+			result.Ttl = durationpb.New(k.TTL)
+		case errors.As(k.Err, &refusal):
+			result.Problem = problemOf(refusal)
+		default:
+			return nil, k.Err
+		}
+		out.Results[i] = result
+	}
+	return out, nil
+}
+
+func (s *leaseService) Revoke(ctx context.Context, r *pb.RevokeRequest) (_ *pb.RevokeResponse, err error) {
+	s.work.elsewhere(ctx, func() { err = s.m.RevokeLease(ctx, lease.ID(r.GetLeaseId()), r.GetBy()) })
+	return &pb.RevokeResponse{}, err
+}
+
+func (s *leaseService) Get(ctx context.Context, r *pb.GetLeaseRequest) (*pb.GetLeaseResponse, error) {
+	info, err := s.m.Lease(ctx, lease.ID(r.GetLeaseId()))
+	if err != nil {
+		return nil, err
+	}
+	return &pb.GetLeaseResponse{Lease: leaseInfo(info)}, nil
+}
+
+func (s *leaseService) List(ctx context.Context, r *pb.ListLeasesRequest) (*pb.ListLeasesResponse, error) {
+	size, token, err := page(r.GetPageSize(), r.GetPageToken())
+	if err != nil {
+		return nil, err
+	}
+	var after uint64
+	if token != "" {
+		if after, err = strconv.ParseUint(token, 10, 64); err != nil {
+			return nil, &lease.InvalidError{Field: "page_token", Msg: "is not one that this server gave"}
+		}
+	}
+	list, more, err := s.m.Leases(ctx, lease.ID(after), size)
+	if err != nil {
+		return nil, err
+	}
+	out := &pb.ListLeasesResponse{}
+	for _, l := range list {
+		out.Leases = append(out.Leases, leaseInfo(l))
+	}
+	if more {
+		out.NextPageToken = pageToken(strconv.FormatUint(uint64(list[len(list)-1].ID), 10))
+	}
+	return out, nil
+}
+
+type clusterService struct {
+	pb.UnimplementedClusterServiceServer
+	m    Manager
+	node func() Node
+}
+
+func (s *clusterService) Status(context.Context, *pb.StatusRequest) (*pb.StatusResponse, error) {
+	st, node := s.m.Status(), s.node()
+	out := &pb.StatusResponse{
+		Version: node.Version, NodeId: node.ID, ClusterId: node.ClusterID, Term: st.Term, Revision: st.Revision,
+		LastToken: st.LastToken, Leases: int64(st.Leases), Locks: int64(st.Locks), Waiters: int64(st.Waiters),
+		InMemory: node.InMemory, StartedAt: timestamppb.New(node.StartedAt),
+	}
+	if st.Leader {
+		out.Leader = node.ID
+	}
+	out.Members = []*pb.Member{{
+		Id: node.ID, ClientAddress: node.ClientAddress, Role: "voter", Leader: st.Leader, Healthy: st.Leader,
+		AppliedIndex: node.AppliedIndex,
+	}}
+	return out, nil
+}
