@@ -1,0 +1,321 @@
+// Package client is the Go client of distlock. It takes locks, keeps their
+// leases alive, and tells its caller in time when a lock is lost.
+//
+// # Clocks
+//
+// A lock is believed held until the client's send time of the last
+// acknowledged renewal plus the TTL, less a margin that covers clocks whose
+// rates differ by 1 %. The server counts the TTL from the receipt, which is
+// later, so the client stops believing before the server grants the lock to
+// another. Clock readings are never compared across machines. On Linux the
+// time includes suspension (CLOCK_BOOTTIME).
+//
+// That is exclusion in time. A process that is paused between looking at its
+// lock and writing can still write late: only a resource that checks the
+// lock's fencing token (package fence) turns that write away.
+package client
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/jonboulle/clockwork"
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
+
+	pb "github.com/distlock/distlock/proto/distlock/v1"
+)
+
+// DefaultEndpoint is where a server started without flags listens.
+const DefaultEndpoint = "localhost:50051"
+
+// Client talks to a distlock server. All methods are safe for concurrent use.
+// Close ends its goroutine.
+type Client struct {
+	clock   clockwork.Clock
+	now     func() time.Duration // a timeline that no wall clock jump changes
+	owner   string
+	logger  *zap.Logger
+	warn    func(Warning)
+	dial    []grpc.DialOption
+	tls     *tls.Config
+	callFor time.Duration
+
+	endpoints []string
+	ctx       context.Context // ends with Close
+	cancel    context.CancelFunc
+	group     sync.WaitGroup // the renewer and what it starts
+	abandons  sync.WaitGroup // requests being abandoned
+	wake      chan struct{}  // buffered, one: the renewer looks at its sessions anew
+
+	mu       sync.Mutex
+	conns    []*grpc.ClientConn // by endpoint, made on first use
+	current  int                // the endpoint in use
+	sessions map[uint64]*session
+	closed   bool
+}
+
+// Option configures a Client.
+type Option func(*Client)
+
+// WithClock replaces the clock, for tests.
+func WithClock(clock clockwork.Clock) Option {
+	return func(c *Client) {
+		c.clock = clock
+		start := clock.Now()
+		c.now = func() time.Duration { return clock.Since(start) }
+	}
+}
+
+// WithOwner says who holds this client's locks, in free text. The default is
+// the host's name and the process id.
+func WithOwner(owner string) Option { return func(c *Client) { c.owner = owner } }
+
+// WithLogger makes the client log what it retries.
+func WithLogger(l *zap.Logger) Option { return func(c *Client) { c.logger = l } }
+
+// WithTLS makes the client talk TLS.
+func WithTLS(cfg *tls.Config) Option { return func(c *Client) { c.tls = cfg } }
+
+// WithDialOptions adds options to the gRPC connections.
+func WithDialOptions(opts ...grpc.DialOption) Option {
+	return func(c *Client) { c.dial = append(c.dial, opts...) }
+}
+
+// WithOnWarning sets what is called when half of a lease's TTL has passed
+// without a successful renewal. It must not block.
+func WithOnWarning(fn func(Warning)) Option { return func(c *Client) { c.warn = fn } }
+
+// WithCallTimeout bounds calls that do not wait for a lock, retries included,
+// when their context has no deadline. The default is 10 s.
+func WithCallTimeout(d time.Duration) Option { return func(c *Client) { c.callFor = d } }
+
+// Warning says that a lease has not been renewed for half its TTL.
+type Warning struct {
+	LeaseID  uint64
+	Names    []string // of the locks held under it by this client
+	Deadline time.Time
+	Err      error // of the last attempt, if one has been answered
+}
+
+// New returns a client of the server or cluster at endpoints (host:port each);
+// none means DefaultEndpoint. It does not connect yet.
+func New(endpoints []string, opts ...Option) (*Client, error) {
+	if len(endpoints) == 0 {
+		endpoints = []string{DefaultEndpoint}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	c := &Client{
+		endpoints: endpoints, conns: make([]*grpc.ClientConn, len(endpoints)),
+		ctx: ctx, cancel: cancel, wake: make(chan struct{}, 1),
+		sessions: make(map[uint64]*session),
+		logger:   zap.NewNop(), callFor: 10 * time.Second,
+		clock: clockwork.NewRealClock(), now: boottime(),
+	}
+	if host, err := os.Hostname(); err == nil {
+		c.owner = fmt.Sprintf("%s:%d", host, os.Getpid())
+	}
+	for _, opt := range opts {
+		opt(c)
+	}
+	for i := range endpoints { // a malformed endpoint is found here
+		if _, err := c.conn(i); err != nil {
+			cancel()
+			c.closeConns()
+			return nil, err
+		}
+	}
+	c.group.Add(1)
+	go c.renew()
+	return c, nil
+}
+
+// conn returns the connection to an endpoint.
+func (c *Client) conn(i int) (*grpc.ClientConn, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ctx.Err() != nil {
+		return nil, ErrClosed
+	}
+	if c.conns[i] != nil {
+		return c.conns[i], nil
+	}
+	creds := insecure.NewCredentials()
+	if c.tls != nil {
+		creds = credentials.NewTLS(c.tls)
+	}
+	opts := append([]grpc.DialOption{
+		grpc.WithTransportCredentials(creds),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
+			MinConnectTimeout: 2 * time.Second,
+		}),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 5 * time.Second}),
+		grpc.WithDisableServiceConfig(),
+	}, c.dial...)
+	conn, err := grpc.NewClient("passthrough:///"+c.endpoints[i], opts...)
+	if err != nil {
+		return nil, fmt.Errorf("endpoint %q: %w", c.endpoints[i], err)
+	}
+	c.conns[i] = conn
+	return conn, nil
+}
+
+// Close gives back what this client still holds, within two seconds, and ends
+// its goroutines. Locks taken with NoRenew stay.
+func (c *Client) Close() error {
+	c.mu.Lock()
+	if c.closed {
+		c.mu.Unlock()
+		return nil
+	}
+	var left []*session
+	for _, s := range c.sessions {
+		left = append(left, s)
+	}
+	c.mu.Unlock()
+	if len(left) > 0 {
+		ctx, cancel := context.WithTimeout(c.ctx, 2*time.Second)
+		var group sync.WaitGroup
+		slots := make(chan struct{}, 64)
+		for _, s := range left {
+			group.Add(1)
+			slots <- struct{}{}
+			go func() {
+				defer group.Done()
+				c.giveBack(ctx, s)
+				<-slots
+			}()
+		}
+		group.Wait()
+		cancel()
+	}
+	c.mu.Lock()
+	c.closed = true
+	c.mu.Unlock()
+	abandoned := make(chan struct{})
+	go func() {
+		c.abandons.Wait()
+		close(abandoned)
+	}()
+	select {
+	case <-abandoned:
+	case <-time.After(2 * time.Second): // pace of the network
+	}
+	c.cancel()
+	<-abandoned
+	c.group.Wait()
+	return c.closeConns()
+}
+
+func (c *Client) closeConns() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var errs []error
+	for _, conn := range c.conns {
+		if conn != nil {
+			errs = append(errs, conn.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// attemptFor bounds one attempt of a call that should be answered at once.
+const attemptFor = 5 * time.Second
+
+// call makes a call that should be answered at once, at whichever endpoint
+// answers, until it succeeds, fails for good or its time is up.
+func (c *Client) call(ctx context.Context, fn func(context.Context, *grpc.ClientConn) error) error {
+	if _, bounded := ctx.Deadline(); !bounded {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, c.callFor)
+		defer cancel()
+	}
+	return c.retry(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
+		ctx, cancel := context.WithTimeout(ctx, attemptFor)
+		defer cancel()
+		return fn(ctx, conn)
+	})
+}
+
+// retry makes attempts until one succeeds, fails for good, or ctx ends.
+func (c *Client) retry(ctx context.Context, attempt func(context.Context, *grpc.ClientConn) error) error {
+	pause := 10 * time.Millisecond
+	var last error
+	for {
+		c.mu.Lock()
+		at := c.current
+		c.mu.Unlock()
+		conn, err := c.conn(at)
+		if err != nil {
+			return err
+		}
+		err = attempt(ctx, conn)
+		if err == nil {
+			return nil
+		}
+		e := toError(err)
+		if ctx.Err() != nil {
+			if last == nil || e.Code != codes.DeadlineExceeded && e.Code != codes.Canceled {
+				last = e
+			}
+			return ended(ctx, last)
+		}
+		if e.Code != codes.Unavailable && e.Code != codes.DeadlineExceeded {
+			return e
+		}
+		last = e
+		c.logger.Debug("retrying", zap.String("endpoint", c.endpoints[at]), zap.Error(err))
+		c.elsewhere(at, e.Leader)
+		select {
+		case <-ctx.Done():
+			return ended(ctx, last)
+		case <-c.ctx.Done():
+			return ErrClosed
+		case <-time.After(pause/2 + rand.N(pause/2)): // pace of the network, not of a lease
+		}
+		pause = min(pause*2, 500*time.Millisecond)
+	}
+}
+
+// ended is the error of a call whose time was up: what stood in its way, if
+// anything did, and the context's own error.
+func ended(ctx context.Context, last error) error {
+	var e *Error
+	if errors.As(last, &e) && e.Code == codes.Unavailable {
+		return &unavailable{e, context.Cause(ctx)}
+	}
+	return context.Cause(ctx)
+}
+
+// elsewhere turns to the leader if it is known, and else to the next endpoint.
+func (c *Client) elsewhere(at int, leader string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.current != at {
+		return
+	}
+	c.current = (at + 1) % len(c.endpoints)
+	for i, endpoint := range c.endpoints {
+		if endpoint == leader {
+			c.current = i
+		}
+	}
+}
+
+func locksOf(conn *grpc.ClientConn) pb.LockServiceClient   { return pb.NewLockServiceClient(conn) }
+func leasesOf(conn *grpc.ClientConn) pb.LeaseServiceClient { return pb.NewLeaseServiceClient(conn) }
+
+// requestID makes a random request id: 1 to 2^63-1.
+func requestID() uint64 { return rand.Uint64N(1<<63-1) + 1 }
