@@ -1,0 +1,250 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/distlock/distlock/client"
+)
+
+func leaseCommand() *cobra.Command {
+	return group("lease", "Make, renew, inspect and end leases",
+		leaseGrantCommand(), leaseKeepaliveCommand(), leaseGetCommand(), leaseLsCommand(), leaseRevokeCommand())
+}
+
+// leaseID reads an ID argument.
+func leaseID(text string) (uint64, error) {
+	id, err := strconv.ParseUint(text, 10, 64)
+	if err != nil || id == 0 {
+		return 0, usage("%q is not the id of a lease: 'distlock lease ls' shows them", text)
+	}
+	return id, nil
+}
+
+func leaseGrantCommand() *cobra.Command {
+	r := &remote{}
+	var ttl time.Duration
+	var owner string
+	var metadata map[string]string
+	cmd := &cobra.Command{
+		Use: "grant", Short: "Make a lease to hold locks under", Args: noArgs,
+		Example: `  distlock lease grant --ttl 1m
+  distlock lock acquire orders/42 --lease 7`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := r.dial()
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			opts := []client.LeaseOption{client.LeaseMetadata(metadata)}
+			if owner != "" {
+				opts = append(opts, client.LeaseOwner(owner))
+			}
+			id, err := c.GrantID(cmd.Context(), ttl, opts...)
+			if err != nil {
+				return err
+			}
+			return r.print(cmd.OutOrStdout(), map[string]any{"leaseId": id, "ttl": ttl.String()}, func(w io.Writer) {
+				fmt.Fprintf(w, "lease %d, expires in %s\n", id, ttl)
+			})
+		},
+	}
+	cmd.Flags().DurationVar(&ttl, "ttl", client.DefaultTTL, "time to live")
+	cmd.Flags().StringVar(&owner, "owner", "", "whose lease it is (default host:pid)")
+	cmd.Flags().StringToStringVar(&metadata, "metadata", nil, "key=value, shown with the lease")
+	return r.addOutput(cmd)
+}
+
+func leaseKeepaliveCommand() *cobra.Command {
+	r := &remote{}
+	var once bool
+	cmd := &cobra.Command{
+		Use: "keepalive ID", Short: "Renew a lease until interrupted", Args: exactly("ID"),
+		Example: `  distlock lease keepalive 7
+  distlock lease keepalive 7 --once`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			id, err := leaseID(args[0])
+			if err != nil {
+				return err
+			}
+			c, err := r.dial()
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			for {
+				ttls, err := c.KeepAlive(cmd.Context(), id)
+				if cmd.Context().Err() != nil {
+					return nil
+				}
+				if err != nil {
+					return err
+				}
+				fmt.Fprintf(cmd.OutOrStdout(), "lease %d renewed for %s\n", id, ttls[0])
+				if once {
+					return nil
+				}
+				select {
+				case <-cmd.Context().Done():
+					return nil
+				case <-time.After(ttls[0] / 3):
+				}
+			}
+		},
+	}
+	cmd.Flags().BoolVar(&once, "once", false, "renew it once")
+	return r.add(cmd)
+}
+
+func leaseGetCommand() *cobra.Command {
+	r := &remote{}
+	return r.addOutput(&cobra.Command{
+		Use: "get ID", Short: "Show one lease with what is held under it", Args: exactly("ID"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			id, err := leaseID(args[0])
+			if err != nil {
+				return err
+			}
+			c, err := r.dial()
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			l, err := c.LeaseInfo(cmd.Context(), id)
+			if err != nil {
+				return err
+			}
+			return r.print(cmd.OutOrStdout(), viewLease(l), func(w io.Writer) {
+				fmt.Fprintf(w, "lease %d of %s: %s of %s left\n", l.ID, printable(dash(l.Owner)), short(l.Remaining), l.TTL)
+				var rows [][]string
+				for _, h := range l.Holds {
+					for _, name := range h.Names {
+						rows = append(rows, []string{"holds", h.Token.String(), ago(h.Since), name})
+					}
+				}
+				for _, name := range l.WaitingFor {
+					rows = append(rows, []string{"waits", "-", "-", name})
+				}
+				if len(rows) > 0 {
+					columns(w, []int{0, 0, 0, 50}, []string{"", "TOKEN", "FOR", "LOCK"}, rows)
+				}
+			})
+		},
+	})
+}
+
+func leaseLsCommand() *cobra.Command {
+	r := &remote{}
+	return r.addOutput(&cobra.Command{
+		Use: "ls", Short: "List leases", Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := r.dial()
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			views := []leaseView{}
+			var rows [][]string
+			for l, err := range c.Leases(cmd.Context()) {
+				if err != nil {
+					return err
+				}
+				views = append(views, viewLease(l))
+				var names []string
+				for _, h := range l.Holds {
+					names = append(names, h.Names...)
+				}
+				rows = append(rows, []string{
+					strconv.FormatUint(l.ID, 10), short(l.TTL), short(l.Remaining), dash(l.Owner), dash(strings.Join(names, " ")),
+				})
+			}
+			return r.print(cmd.OutOrStdout(), map[string]any{"leases": views}, func(w io.Writer) {
+				if len(rows) == 0 {
+					fmt.Fprintln(w, "no leases")
+					return
+				}
+				columns(w, []int{16, 0, 0, 18, 20}, []string{"ID", "TTL", "LEFT", "OWNER", "HOLDS"}, rows)
+			})
+		},
+	})
+}
+
+func leaseRevokeCommand() *cobra.Command {
+	r := &remote{}
+	var by string
+	cmd := &cobra.Command{
+		Use: "revoke ID", Short: "End a lease; what is held under it is lost", Args: exactly("ID"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			id, err := leaseID(args[0])
+			if err != nil {
+				return err
+			}
+			c, err := r.dial()
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			if err := c.Revoke(cmd.Context(), id, by); err != nil {
+				return err
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "revoked lease %d\n", id)
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&by, "by", "", "who revokes it, shown to the holder (default host:pid)")
+	return r.add(cmd)
+}
+
+func clusterCommand() *cobra.Command {
+	r := &remote{}
+	return group("cluster", "See how the server is", r.addOutput(&cobra.Command{
+		Use: "status", Short: "Show the server's state; exit 1 where there is no leader", Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := r.dial()
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			s, err := c.Status(cmd.Context())
+			if err != nil {
+				return err
+			}
+			members := []map[string]any{}
+			var rows [][]string
+			for _, m := range s.Members {
+				members = append(members, map[string]any{
+					"id": m.ID, "clientAddress": m.ClientAddress, "peerAddress": m.PeerAddress, "role": m.Role,
+					"leader": m.Leader, "healthy": m.Healthy, "appliedIndex": m.AppliedIndex,
+				})
+				role := m.Role
+				if m.Leader {
+					role += ", leader"
+				}
+				rows = append(rows, []string{m.ID, role, m.ClientAddress, strconv.FormatUint(m.AppliedIndex, 10)})
+			}
+			v := map[string]any{
+				"clusterId": s.ClusterID, "leader": s.Leader, "term": s.Term, "members": members, "version": s.Version,
+				"revision": s.Revision, "lastToken": uint64(s.LastToken), "leases": s.Leases, "locks": s.Locks,
+				"waiters": s.Waiters, "inMemory": s.InMemory, "startedAt": s.StartedAt,
+			}
+			err = r.print(cmd.OutOrStdout(), v, func(w io.Writer) {
+				durability := "durable"
+				if s.InMemory {
+					durability = "in memory"
+				}
+				fmt.Fprintf(w, "distlock %s, up %s, %s; term %d, last token %d\n", s.Version, ago(s.StartedAt), durability, s.Term, s.LastToken)
+				fmt.Fprintf(w, "%d leases, %d locks, %d waiting\n", s.Leases, s.Locks, s.Waiters)
+				columns(w, []int{0, 0, 32, 0}, []string{"NODE", "ROLE", "ADDRESS", "APPLIED"}, rows)
+			})
+			if err == nil && s.Leader == "" {
+				return &exitError{exitFailed, fmt.Errorf("there is no leader")}
+			}
+			return err
+		},
+	}))
+}

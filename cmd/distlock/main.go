@@ -1,0 +1,184 @@
+// Command distlock is the lock server and its command line.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/distlock/distlock/client"
+)
+
+// Exit codes, beside those of the command that `run` runs.
+const (
+	exitFailed      = 1
+	exitUsage       = 2
+	exitNotAcquired = 75 // EX_TEMPFAIL of sysexits.h
+	exitLost        = 76
+)
+
+// version is set by the linker for a release.
+var version = ""
+
+func versionString() string {
+	if version != "" {
+		return version
+	}
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" && info.Main.Version != "(devel)" {
+		return info.Main.Version
+	}
+	return "dev"
+}
+
+// exitError is an error with an exit code of its own; a nil err says nothing.
+type exitError struct {
+	code int
+	err  error
+}
+
+func (e *exitError) Error() string {
+	if e.err == nil {
+		return ""
+	}
+	return e.err.Error()
+}
+
+func (e *exitError) Unwrap() error { return e.err }
+
+func usage(format string, args ...any) error {
+	return &exitError{exitUsage, fmt.Errorf(format, args...)}
+}
+
+func main() { os.Exit(run(os.Args[1:])) }
+
+func run(args []string) int {
+	if len(args) > 0 && args[0] == guardCommand {
+		return runGuard(args[1:])
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	root := rootCommand()
+	root.SetArgs(args)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	code := exitFailed
+	var exit *exitError
+	switch {
+	case errors.As(err, &exit):
+		code = exit.code
+	case errors.Is(err, client.ErrNotAcquired):
+		code = exitNotAcquired
+	case errors.Is(err, client.ErrInvalid):
+		code = exitUsage
+	}
+	if text := line(err); text != "" {
+		fmt.Fprintln(os.Stderr, "distlock: "+text)
+	}
+	return code
+}
+
+// line is an error in one line.
+func line(err error) string {
+	text := strings.Join(strings.Fields(strings.ToValidUTF8(err.Error(), "?")), " ")
+	if errors.Is(err, context.DeadlineExceeded) && text == context.DeadlineExceeded.Error() {
+		return "no server answered in time"
+	}
+	return text
+}
+
+func rootCommand() *cobra.Command {
+	root := serveCommand("distlock")
+	root.Short = "A lock service with leases and fencing tokens"
+	root.Long = `distlock hands out locks that expire, with fencing tokens that only ever rise.
+
+Without a command it runs the server, as 'distlock serve' does.`
+	root.Example = `  distlock                                run the server on [::]:50051
+  distlock run nightly -- ./backup.sh     run a command while holding a lock
+  distlock lock ls                        see who holds what, and who waits`
+	root.SilenceErrors, root.SilenceUsage = true, true
+	root.CompletionOptions.DisableDefaultCmd = true
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return usage("%w; see '%s --help'", err, cmd.CommandPath())
+	})
+	root.PersistentPreRunE = func(cmd *cobra.Command, args []string) error { return fromEnvironment(cmd) }
+	installFlags(root)
+	serve := serveCommand("serve")
+	serve.Short = "Run the server"
+	root.AddCommand(serve, runCommand(), lockCommand(), leaseCommand(), clusterCommand(), benchCommand(),
+		versionCommand(), completionCommand())
+	return root
+}
+
+// fromEnvironment takes flags that were not given from DISTLOCK_<FLAG>.
+func fromEnvironment(cmd *cobra.Command) error {
+	var failed error
+	cmd.Flags().VisitAll(func(f *pflag.Flag) {
+		name := "DISTLOCK_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		value, ok := os.LookupEnv(name)
+		if !ok || f.Changed || failed != nil || f.Name == "help" || f.Annotations[runOnly] != nil {
+			return
+		}
+		if err := cmd.Flags().Set(f.Name, value); err != nil {
+			failed = usage("%s=%q: %w", name, value, err)
+		}
+	})
+	return failed
+}
+
+// runOnly marks flags whose variable is one that `run` sets for its command.
+const runOnly = "run-only"
+
+func versionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "version", Short: "Print the version", Args: noArgs,
+		Run: func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), "distlock "+versionString()) },
+	}
+}
+
+func noArgs(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	if cmd.HasSubCommands() {
+		return usage("%q is not a command of %s; see '%s --help'", args[0], cmd.CommandPath(), cmd.CommandPath())
+	}
+	return usage("%s takes no argument, and was given %q", cmd.CommandPath(), args[0])
+}
+
+// exactly is cobra.ExactArgs with our words.
+func exactly(names ...string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) == len(names) {
+			return nil
+		}
+		return usage("%s takes %s, and was given %d arguments", cmd.CommandPath(), strings.Join(names, " "), len(args))
+	}
+}
+
+func atMostOne(name string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) <= 1 {
+			return nil
+		}
+		return usage("%s takes at most one %s, and was given %d arguments", cmd.CommandPath(), name, len(args))
+	}
+}
+
+// group is a command that only has subcommands.
+func group(use, short string, commands ...*cobra.Command) *cobra.Command {
+	cmd := &cobra.Command{Use: use, Short: short, Args: noArgs, RunE: func(cmd *cobra.Command, args []string) error {
+		return usage("%s needs a command; see '%s --help'", cmd.CommandPath(), cmd.CommandPath())
+	}}
+	cmd.AddCommand(commands...)
+	return cmd
+}

@@ -1,0 +1,226 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"sigs.k8s.io/yaml"
+
+	"github.com/distlock/distlock/client"
+)
+
+// remote are the flags of commands that talk to a server.
+type remote struct {
+	endpoints []string
+	timeout   time.Duration
+	output    string
+}
+
+func (r *remote) add(cmd *cobra.Command) *cobra.Command {
+	flags := cmd.Flags()
+	flags.StringSliceVar(&r.endpoints, "endpoints", []string{client.DefaultEndpoint}, "servers, host:port each")
+	flags.DurationVar(&r.timeout, "timeout", 10*time.Second, "time for a server to answer")
+	return cmd
+}
+
+func (r *remote) addOutput(cmd *cobra.Command) *cobra.Command {
+	cmd.Flags().StringVarP(&r.output, "output", "o", "table", "table, json or yaml")
+	return r.add(cmd)
+}
+
+func (r *remote) dial(opts ...client.Option) (*client.Client, error) {
+	switch {
+	case r.output != "" && r.output != "table" && r.output != "json" && r.output != "yaml":
+		return nil, usage("--output must be table, json or yaml, and is %q", r.output)
+	case r.timeout <= 0:
+		return nil, usage("--timeout must be above 0, and is %v", r.timeout)
+	}
+	return client.New(r.endpoints, append([]client.Option{client.WithCallTimeout(r.timeout)}, opts...)...)
+}
+
+// print writes v as JSON or YAML, or calls table.
+func (r *remote) print(w io.Writer, v any, table func(w io.Writer)) error {
+	switch r.output {
+	case "json":
+		return writeJSON(w, v)
+	case "yaml":
+		text, err := yaml.Marshal(v)
+		if err == nil {
+			_, err = w.Write(text)
+		}
+		return err
+	}
+	table(w)
+	return nil
+}
+
+func writeJSON(w io.Writer, v any) error {
+	e := json.NewEncoder(w)
+	e.SetEscapeHTML(false)
+	return e.Encode(v)
+}
+
+// columns writes a table that fits into 80 columns: cells are cut to the width
+// given for their column, 0 for as wide as they are.
+func columns(w io.Writer, widths []int, header []string, rows [][]string) {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	put := func(cells []string) {
+		for i, cell := range cells {
+			if i > 0 {
+				fmt.Fprint(t, "\t")
+			}
+			fmt.Fprint(t, cut(printable(cell), widths[i]))
+		}
+		fmt.Fprintln(t)
+	}
+	put(header)
+	for _, row := range rows {
+		put(row)
+	}
+	t.Flush()
+}
+
+// printable keeps names and owners from moving the cursor.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f || r >= 0x80 && r < 0xa0 {
+			return '?'
+		}
+		return r
+	}, s)
+}
+
+func cut(s string, width int) string {
+	runes := []rune(s)
+	if width == 0 || len(runes) <= width {
+		return s
+	}
+	return string(runes[:width-1]) + "…"
+}
+
+// short is a duration for people.
+func short(d time.Duration) string {
+	switch {
+	case d <= 0:
+		return "0s"
+	case d < time.Second:
+		return d.Round(time.Millisecond).String()
+	case d < 10*time.Second:
+		return d.Round(100 * time.Millisecond).String()
+	case d < time.Hour:
+		return d.Round(time.Second).String()
+	}
+	h := d.Round(time.Minute)
+	return fmt.Sprintf("%dh%dm", int(h.Hours()), int(h.Minutes())%60)
+}
+
+func ago(t time.Time) string { return short(time.Since(t)) }
+
+func dash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+func modeName(shared bool) string {
+	if shared {
+		return "shared"
+	}
+	return "exclusive"
+}
+
+// The shapes that JSON and YAML show; names are the API's.
+type (
+	holderView struct {
+		Token     uint64            `json:"token"`
+		Floor     uint64            `json:"floor"`
+		LeaseID   uint64            `json:"leaseId"`
+		Owner     string            `json:"owner"`
+		Mode      string            `json:"mode"`
+		Since     time.Time         `json:"since"`
+		Actor     string            `json:"actor,omitempty"`
+		Metadata  map[string]string `json:"metadata,omitempty"`
+		LockDelay string            `json:"lockDelay,omitempty"`
+	}
+	waiterView struct {
+		LeaseID  uint64            `json:"leaseId"`
+		Owner    string            `json:"owner"`
+		Mode     string            `json:"mode"`
+		Since    time.Time         `json:"since"`
+		Actor    string            `json:"actor,omitempty"`
+		Metadata map[string]string `json:"metadata,omitempty"`
+		Limit    uint32            `json:"limit,omitempty"`
+	}
+	lockView struct {
+		Name           string       `json:"name"`
+		Holders        []holderView `json:"holders"`
+		Waiters        []waiterView `json:"waiters"`
+		WaiterCount    int          `json:"waiterCount"`
+		Limit          uint32       `json:"limit,omitempty"`
+		DelayRemaining string       `json:"delayRemaining,omitempty"`
+		Declared       bool         `json:"declared,omitempty"`
+		Clock          uint64       `json:"clock,omitempty"`
+		LastToken      uint64       `json:"lastToken,omitempty"`
+	}
+	holdView struct {
+		Token     uint64    `json:"token"`
+		Mode      string    `json:"mode"`
+		GrantedAt time.Time `json:"grantedAt"`
+		Names     []string  `json:"names"`
+	}
+	leaseView struct {
+		LeaseID    uint64            `json:"leaseId"`
+		TTL        string            `json:"ttl"`
+		Remaining  string            `json:"remaining"`
+		Owner      string            `json:"owner"`
+		Metadata   map[string]string `json:"metadata,omitempty"`
+		GrantedAt  time.Time         `json:"grantedAt"`
+		Holds      []holdView        `json:"holds"`
+		WaitingFor []string          `json:"waitingFor,omitempty"`
+		Own        bool              `json:"own,omitempty"`
+	}
+)
+
+func viewLock(k client.LockInfo) lockView {
+	v := lockView{
+		Name: k.Name, Holders: []holderView{}, Waiters: []waiterView{}, WaiterCount: k.WaiterCount, Limit: k.Limit,
+		Declared: k.Declared, Clock: k.Clock, LastToken: uint64(k.LastToken),
+	}
+	if k.DelayRemaining > 0 {
+		v.DelayRemaining = k.DelayRemaining.Round(time.Millisecond).String()
+	}
+	for _, h := range k.Holders {
+		hv := holderView{
+			Token: uint64(h.Token), Floor: uint64(h.Floor), LeaseID: h.LeaseID, Owner: h.Owner,
+			Mode: modeName(h.Shared), Since: h.Since, Actor: h.Actor, Metadata: h.Metadata,
+		}
+		if h.LockDelay > 0 {
+			hv.LockDelay = h.LockDelay.String()
+		}
+		v.Holders = append(v.Holders, hv)
+	}
+	for _, w := range k.Waiters {
+		v.Waiters = append(v.Waiters, waiterView{
+			LeaseID: w.LeaseID, Owner: w.Owner, Mode: modeName(w.Shared), Since: w.Since, Actor: w.Actor,
+			Metadata: w.Metadata, Limit: w.Limit,
+		})
+	}
+	return v
+}
+
+func viewLease(l client.LeaseInfo) leaseView {
+	v := leaseView{
+		LeaseID: l.ID, TTL: l.TTL.String(), Remaining: l.Remaining.Round(time.Millisecond).String(), Owner: l.Owner,
+		Metadata: l.Metadata, GrantedAt: l.GrantedAt, Holds: []holdView{}, WaitingFor: l.WaitingFor, Own: l.Own,
+	}
+	for _, h := range l.Holds {
+		v.Holds = append(v.Holds, holdView{uint64(h.Token), modeName(h.Shared), h.Since, h.Names})
+	}
+	return v
+}
