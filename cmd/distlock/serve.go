@@ -19,8 +19,6 @@ type serveFlags struct {
 	logFormat   string
 	logLevel    string
 	maxWorkers  int
-	install     bool
-	show        bool
 }
 
 func serveCommand(use string) *cobra.Command {

@@ -57,7 +57,7 @@ func (m *Machine) acquire(c *Acquire) Result {
 		}
 		free = free && k.waiters == 0 && k.admits(c.Mode, c.Limit)
 	}
-	if free && m.tokens >= uint64(fence.MaxToken) {
+	if free && m.minted >= uint64(fence.MaxToken) {
 		return m.refuseAcquire(c, l, Refusal{Reason: ReasonTokensExhausted, Name: c.Names[0]})
 	}
 	if !free {
@@ -179,10 +179,10 @@ func (k *lock) admits(mode Mode, limit uint32) bool {
 // grant gives an acquisition its locks, all of which admit it, under the next
 // token, and returns its new record.
 func (m *Machine) grant(l *lease, waiting *acquisition) *acquisition {
-	m.tokens++
+	m.minted++
 	fresh := *waiting
 	a := &fresh
-	a.token, a.since = fence.Token(m.tokens), m.stamp
+	a.token, a.since = fence.Token(m.minted), m.stamp
 	for i, name := range a.names {
 		k := m.editLock(name)
 		if k.holders > 0 { // shared with others: the floor is the lowest of them
@@ -207,6 +207,7 @@ func (m *Machine) grant(l *lease, waiting *acquisition) *acquisition {
 		m.memory.granted(name, a.token)
 	}
 	m.acqs.Set(a)
+	m.tokens.Set(a)
 	m.emit(Event{Kind: EventGranted, Lease: l.id, Request: a.request, Owner: l.owner, Token: a.token, Mode: a.mode, Locks: a.granted().Locks, TTL: l.ttl, Own: l.own})
 	return a
 }

@@ -30,7 +30,7 @@ func (m *Machine) makeLease(req RequestID, ttl Duration, owner string, metadata 
 	m.leaseIDs++
 	l := &lease{
 		id: LeaseID(m.leaseIDs), ttl: ttl, owner: owner, metadata: metadata,
-		since: m.stamp, own: own, request: req, after: fence.Token(m.tokens),
+		since: m.stamp, own: own, request: req, after: fence.Token(m.minted),
 	}
 	m.leases.Set(l)
 	if req != 0 {

@@ -17,13 +17,14 @@ import (
 
 // Machine is the replicated state. Apply is its only way to change.
 type Machine struct {
-	tokens   uint64 // highest token minted
+	minted   uint64 // highest token minted
 	leaseIDs uint64 // highest lease id minted
 	revision uint64 // of the last event
 	places   uint64 // highest place in a queue given out
 
 	leases   *btree.BTreeG[*lease]       // by id
 	acqs     *btree.BTreeG[*acquisition] // by lease, request
+	tokens   *btree.BTreeG[*acquisition] // granted ones, by token
 	locks    *btree.BTreeG[*lock]        // by name
 	holders  *btree.BTreeG[place]        // by lock name, token
 	queues   *btree.BTreeG[place]        // by lock name, place
@@ -135,9 +136,10 @@ func lessAcq(a, b *acquisition) bool {
 // successor of base.
 func New(base uint64) *Machine {
 	return &Machine{
-		tokens: base, leaseIDs: base,
+		minted: base, leaseIDs: base,
 		leases:   table(func(a, b *lease) bool { return a.id < b.id }),
 		acqs:     table(lessAcq),
+		tokens:   table(func(a, b *acquisition) bool { return a.token < b.token }),
 		locks:    table(func(a, b *lock) bool { return a.name < b.name }),
 		holders:  table(lessPlace),
 		queues:   table(lessPlace),
@@ -151,8 +153,8 @@ func New(base uint64) *Machine {
 // be read by other goroutines while the original is changed by its owner.
 func (m *Machine) Copy() *Machine {
 	return &Machine{
-		tokens: m.tokens, leaseIDs: m.leaseIDs, revision: m.revision, places: m.places,
-		leases: m.leases.IsoCopy(), acqs: m.acqs.IsoCopy(), locks: m.locks.IsoCopy(),
+		minted: m.minted, leaseIDs: m.leaseIDs, revision: m.revision, places: m.places,
+		leases: m.leases.IsoCopy(), acqs: m.acqs.IsoCopy(), tokens: m.tokens.IsoCopy(), locks: m.locks.IsoCopy(),
 		holders: m.holders.IsoCopy(), queues: m.queues.IsoCopy(), actors: m.actors.IsoCopy(),
 		requests: m.requests.IsoCopy(), memory: m.memory.copy(),
 	}
@@ -226,6 +228,12 @@ func (m *Machine) acquisition(id LeaseID, req RequestID) *acquisition {
 func (m *Machine) holder(name string, token fence.Token) *acquisition {
 	p, _ := m.holders.Get(place{key: name, n: uint64(token)})
 	return p.acq
+}
+
+// hold returns the live hold that has a token, on whatever locks, or nil.
+func (m *Machine) hold(token fence.Token) *acquisition {
+	a, _ := m.tokens.Get(&acquisition{token: token})
+	return a
 }
 
 // ofLease returns the lease's acquisitions in order of request.

@@ -58,6 +58,7 @@ func (m *Machine) endHold(l *lease, a *acquisition, cause EndCause, by string) {
 		m.dropIfIdle(k)
 	}
 	m.acqs.Delete(a)
+	m.tokens.Delete(a)
 	m.dirty = append(m.dirty, a.names...)
 	rev := m.emit(Event{Kind: EventHoldEnded, Lease: l.id, Request: a.request, Owner: l.owner, Token: a.token, Mode: a.mode, Locks: a.granted().Locks, Cause: cause, By: by, Own: l.own})
 	if lost && a.delay > 0 && cause != EndUndeclared {
@@ -65,7 +66,7 @@ func (m *Machine) endHold(l *lease, a *acquisition, cause EndCause, by string) {
 			m.startDelay(name, a.delay)
 		}
 	}
-	if lost && !l.own {
+	if !l.own { // an own lease is remembered with its one hold
 		m.memory.remember(past{revision: rev, lease: l.id, token: a.token, names: a.names, cause: cause, by: by, at: m.stamp})
 	}
 }
@@ -138,7 +139,7 @@ func (m *Machine) head(name string) (head *acquisition) {
 // grantable reports whether a waiting acquisition is at the head of each of
 // its queues and each lock has room for it.
 func (m *Machine) grantable(a *acquisition) bool {
-	if m.tokens >= maxTokens {
+	if m.minted >= maxTokens {
 		return false
 	}
 	for _, name := range a.names {

@@ -11,7 +11,7 @@ import (
 func (m *Machine) Revision() uint64 { return m.revision }
 
 // LastToken is the highest token minted.
-func (m *Machine) LastToken() fence.Token { return fence.Token(m.tokens) }
+func (m *Machine) LastToken() fence.Token { return fence.Token(m.minted) }
 
 // Counts are the sizes of the tables.
 func (m *Machine) Counts() Counts {

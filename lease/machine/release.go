@@ -1,6 +1,10 @@
 package machine
 
-import "github.com/distlock/distlock/fence"
+import (
+	"slices"
+
+	"github.com/distlock/distlock/fence"
+)
 
 const maxTokens = uint64(fence.MaxToken)
 
@@ -51,17 +55,17 @@ func (m *Machine) release(c *Release) Result {
 		m.giveBack(m.lease(a.lease), a)
 		return Result{}
 	}
-	if l := m.lease(c.Lease); l != nil {
-		if refusal := m.neverHeld(l, c); refusal != nil {
-			return Result{Refusal: refusal}
-		}
-		return Result{} // released before, under the same live lease
-	}
 	if p := m.memory.token(c.Token); p != nil && (c.Lease == 0 || p.lease == c.Lease) && p.on(c.Name) {
 		if p.cause == EndReleased {
 			return Result{}
 		}
 		return Result{Refusal: m.notHeld(c, p.ended())}
+	}
+	if l := m.lease(c.Lease); l != nil {
+		if refusal := m.neverHeld(l, c); refusal != nil {
+			return Result{Refusal: refusal}
+		}
+		return Result{} // released before, so long ago that it is forgotten
 	}
 	if p := m.memory.lease(c.Lease); p != nil {
 		return Result{Refusal: m.notHeld(c, p.ended())}
@@ -70,38 +74,20 @@ func (m *Machine) release(c *Release) Result {
 }
 
 func (p *past) on(name string) bool {
-	if name == "" {
-		return true
-	}
-	for _, n := range p.names {
-		if n == name {
-			return true
-		}
-	}
-	return false
+	return name == "" || slices.Contains(p.names, name)
 }
 
 // findHold finds the live hold that a release means, or nil.
 func (m *Machine) findHold(c *Release) *acquisition {
-	if c.Token == 0 {
+	a := m.hold(c.Token)
+	if a == nil || c.Lease != 0 && c.Lease != a.lease || c.Name != "" && !slices.Contains(a.names, c.Name) {
 		return nil
 	}
-	if c.Name != "" {
-		if a := m.holder(c.Name, c.Token); a != nil && (c.Lease == 0 || c.Lease == a.lease) {
-			return a
-		}
-		return nil
-	}
-	for _, a := range m.ofLease(c.Lease) {
-		if a.token == c.Token {
-			return a
-		}
-	}
-	return nil
+	return a
 }
 
-// neverHeld refuses a release under a live lease of a token that the lease
-// has lost, or cannot have had. Nil means that it was released before.
+// neverHeld refuses a release, under a live lease, of a token that the lease
+// has lost or cannot have had. Nil means that it was released before.
 func (m *Machine) neverHeld(l *lease, c *Release) *Refusal {
 	if l.seq != nil {
 		for _, f := range l.seq.forced {
@@ -112,18 +98,11 @@ func (m *Machine) neverHeld(l *lease, c *Release) *Refusal {
 		}
 	}
 	switch {
-	case c.Token <= l.after || uint64(c.Token) > m.tokens, // minted before the lease, or never
-		l.own, // its one hold is live, with another token or lock
-		c.Name != "" && m.holder(c.Name, c.Token) != nil: // of another lease
+	case c.Token <= l.after || uint64(c.Token) > m.minted, // minted before the lease, or never
+		l.own,                          // its one hold is live, with another token
+		m.hold(c.Token) != nil,         // of another lease, or on other locks
+		m.memory.token(c.Token) != nil: // likewise, and ended
 		return m.notHeld(c, nil)
-	}
-	if p := m.memory.token(c.Token); p != nil {
-		return m.notHeld(c, nil)
-	}
-	for _, a := range m.ofLease(l.id) {
-		if a.token == c.Token { // held, but on other locks than the one named
-			return m.notHeld(c, nil)
-		}
 	}
 	return nil
 }

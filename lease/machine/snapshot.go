@@ -23,7 +23,7 @@ const chunkSize = 64 << 10
 func (m *Machine) Snapshot(emit func(chunk []byte) error) error {
 	w := &writer{emit: emit, buf: make([]byte, 0, chunkSize+4096)}
 	w.buf = append(w.buf, snapshotVersion)
-	for _, n := range []uint64{m.tokens, m.leaseIDs, m.revision, m.places, m.memory.count} {
+	for _, n := range []uint64{m.minted, m.leaseIDs, m.revision, m.places, m.memory.count} {
 		w.buf = binary.AppendUvarint(w.buf, n)
 	}
 	w.table(m.leases.Len())
@@ -48,7 +48,7 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 		return nil, fmt.Errorf("snapshot version %d: %w", v, ErrUnknownCommand)
 	}
 	m := New(0)
-	for _, n := range []*uint64{&m.tokens, &m.leaseIDs, &m.revision, &m.places, &m.memory.count} {
+	for _, n := range []*uint64{&m.minted, &m.leaseIDs, &m.revision, &m.places, &m.memory.count} {
 		*n = r.uint()
 	}
 	r.table(func(d *decoder) {
@@ -65,6 +65,9 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 			return
 		}
 		m.acqs.Set(a)
+		if a.token != 0 {
+			m.tokens.Set(a)
+		}
 		for _, name := range a.names {
 			if a.token != 0 {
 				m.holders.Set(place{name, uint64(a.token), a})
@@ -112,7 +115,7 @@ func (m *Machine) check() error {
 			if p.acq.mode == Shared {
 				shared++
 			}
-			if p.acq.mode != k.mode || uint64(p.acq.token) > m.tokens {
+			if p.acq.mode != k.mode || uint64(p.acq.token) > m.minted {
 				n = -1 << 30
 			}
 			return true

@@ -1,0 +1,57 @@
+# make help lists the targets.
+GO            ?= go
+STATICCHECK   := honnef.co/go/tools/cmd/staticcheck@0.8.2
+BUF           := github.com/bufbuild/buf/cmd/buf@v1.75.0
+PROTOC_GEN_GO := google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12
+PROTOC_GRPC   := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
+TOOLS         := $(CURDIR)/.tools
+FUZZTIME      ?= 60s
+LEASES        ?= 100000
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-16s %s\n", $$1, $$2}'
+
+.PHONY: build
+build: ## build the distlock binary
+	CGO_ENABLED=0 $(GO) build -trimpath -o distlock ./cmd/distlock
+
+.PHONY: test
+test: ## run all tests with the race detector
+	$(GO) test -race ./...
+
+.PHONY: original
+original: ## drive the original's protocol from Python (needs python3-grpcio, python3-grpc-tools)
+	$(GO) test -tags original -run TestOriginalProtocol -v ./internal/e2e
+
+.PHONY: lint
+lint: ## gofmt, vet, staticcheck
+	@test -z "$$(gofmt -l .)" || { echo "gofmt -w these:"; gofmt -l .; exit 1; }
+	$(GO) vet ./...
+	$(GO) run $(STATICCHECK) ./...
+
+.PHONY: generate
+generate: ## generate the code of the protocols
+	GOBIN=$(TOOLS) $(GO) install $(BUF)
+	GOBIN=$(TOOLS) $(GO) install $(PROTOC_GEN_GO)
+	GOBIN=$(TOOLS) $(GO) install $(PROTOC_GRPC)
+	cd proto && PATH=$(TOOLS):$$PATH buf lint
+	cd proto && PATH=$(TOOLS):$$PATH buf generate
+
+.PHONY: check-generated
+check-generated: generate ## fail when the generated code is not up to date
+	@test -z "$$(git status --porcelain proto)" || { git --no-pager diff proto; echo "run 'make generate' and commit"; exit 1; }
+
+.PHONY: fuzz
+fuzz: ## fuzz every decoder and validator for FUZZTIME each
+	$(GO) test -run '^$$' -fuzz '^FuzzDecodeBatch$$' -fuzztime $(FUZZTIME) ./lease/machine
+	$(GO) test -run '^$$' -fuzz '^FuzzRestore$$' -fuzztime $(FUZZTIME) ./lease/machine
+	$(GO) test -run '^$$' -fuzz '^FuzzRequests$$' -fuzztime $(FUZZTIME) ./transport
+
+.PHONY: expiry
+expiry: ## let LEASES leases expire and print the lag
+	$(GO) test -run TestExpiryLag -v ./internal/e2e -args -leases $(LEASES)
+
+.PHONY: bench
+bench: ## run the Go benchmarks
+	$(GO) test -run '^$$' -bench . -benchmem ./...
