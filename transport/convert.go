@@ -138,13 +138,18 @@ func leaseInfo(l lease.LeaseInfo) *pb.Lease {
 	out := &pb.Lease{
 		LeaseId: uint64(l.ID), Ttl: durationpb.New(time.Duration(l.TTL)), Remaining: durationpb.New(l.Remaining),
 		Owner: l.Owner, Metadata: metaMap(l.Metadata), GrantedAt: timestamp(l.Since), Own: l.Own,
+		HoldCount: int32(len(l.Holds)),
 	}
-	for i := range l.Holds {
+	for i := range l.Holds[:min(len(l.Holds), machine.MaxListed)] {
 		out.Holds = append(out.Holds, grant(&l.Holds[i], 0))
 	}
 	for _, w := range l.Waits {
-		out.WaitingFor = append(out.WaitingFor, w.Names...)
+		out.WaitingCount += int32(len(w.Names))
+		if len(out.WaitingFor) < machine.MaxListed {
+			out.WaitingFor = append(out.WaitingFor, w.Names...)
+		}
 	}
+	out.WaitingFor = out.WaitingFor[:min(len(out.WaitingFor), machine.MaxListed)]
 	return out
 }
 

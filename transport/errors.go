@@ -3,11 +3,13 @@ package transport
 import (
 	"context"
 	"errors"
+	"strings"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/protoadapt"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -78,13 +80,62 @@ func toStatus(err error) error {
 	details := []protoadapt.MessageV1{info}
 	if problem != nil {
 		problem.Reason = reason
+		fit(problem)
 		details = append(details, protoadapt.MessageV1Of(problem))
 	}
-	s, err2 := status.New(codeOf[reason], err.Error()).WithDetails(details...)
+	s, err2 := status.New(codeOf[reason], short(err.Error())).WithDetails(details...)
 	if err2 != nil { // only for codes.OK, which the table has not
-		return status.Error(codes.Internal, err.Error())
+		return status.Error(codes.Internal, short(err.Error()))
 	}
 	return s.Err()
+}
+
+// A status travels in HTTP/2 headers, its details in base64 and its message
+// twice, once percent-encoded. Many clients refuse more than 8 KiB of headers.
+const (
+	maxProblem = 3 << 10
+	maxMessage = 700
+)
+
+// short cuts a message that names long names.
+func short(message string) string {
+	if len(message) <= maxMessage {
+		return message
+	}
+	return strings.ToValidUTF8(message[:maxMessage-len("…")], "") + "…"
+}
+
+// fit leaves out of a problem's lists what is least missed, until the rest
+// fits. Counts and positions still tell of what is left out.
+func fit(p *pb.Problem) {
+	for _, less := range []func(*pb.Obstacle){
+		func(o *pb.Obstacle) {
+			for _, w := range o.Ahead {
+				w.Metadata = nil
+			}
+		},
+		func(o *pb.Obstacle) { o.Ahead = o.Ahead[:min(len(o.Ahead), 1)] },
+		func(o *pb.Obstacle) {
+			for _, h := range o.Holders {
+				h.Metadata = nil
+			}
+		},
+		func(o *pb.Obstacle) { o.Holders = o.Holders[:min(len(o.Holders), 1)] },
+		func(o *pb.Obstacle) { o.Ahead = nil },
+	} {
+		for _, o := range p.Obstacles {
+			if proto.Size(p) <= maxProblem {
+				return
+			}
+			less(o)
+		}
+	}
+	for len(p.Obstacles) > 1 && proto.Size(p) > maxProblem {
+		p.Obstacles = p.Obstacles[:len(p.Obstacles)-1]
+	}
+	for len(p.Circle) > 1 && proto.Size(p) > maxProblem {
+		p.Circle = p.Circle[:len(p.Circle)-1]
+	}
 }
 
 // describe finds an error's row in the table, and what it speaks of.
@@ -103,7 +154,11 @@ func describe(err error) (string, *pb.Problem) {
 		p.Obstacles = obstacles(held.Explain)
 		return string(held.Refusal.Reason), p
 	case errors.As(err, &timeout):
-		return ReasonWaitTimeout, &pb.Problem{Obstacles: obstacles(timeout.Explain)}
+		p := &pb.Problem{Obstacles: obstacles(timeout.Explain)}
+		if len(p.Obstacles) > 0 {
+			p.Name = p.Obstacles[0].Name
+		}
+		return ReasonWaitTimeout, p
 	case errors.As(err, &refusal):
 		return string(refusal.Reason), problemOf(refusal)
 	case errors.As(err, &invalid):

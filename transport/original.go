@@ -26,7 +26,7 @@ type originalService struct {
 const originalTTL = 60 * time.Second // when a request says 0
 
 func (s *originalService) CreateLock(ctx context.Context, r *original.Lock) (_ *original.EmptyResponse, err error) {
-	s.work.elsewhere(ctx, func() { err = s.m.Declare(ctx, r.GetKey()) })
+	s.work.elsewhere(func() { err = s.m.Declare(ctx, r.GetKey()) })
 	return &original.EmptyResponse{}, err
 }
 
@@ -40,15 +40,18 @@ func (s *originalService) AcquireLock(ctx context.Context, r *original.AcquireLo
 	}
 	var g lease.Grant
 	var err error
-	s.work.elsewhere(ctx, func() {
+	s.work.elsewhere(func() {
 		g, err = s.m.Acquire(ctx, lease.AcquireRequest{
 			Names: []string{r.GetKey()}, Mode: machine.Exclusive, TTL: ttl, Declared: true, Owner: "original client",
 		})
 	})
 	var held *lease.HeldError
+	var invalid *lease.InvalidError
 	switch {
 	case errors.As(err, &held):
 		return &original.Lock{Key: r.GetKey(), Clock: int64(held.Refusal.Clock), ExpiresAt: expiresAt(held.Refusal.ExpiresAt)}, nil
+	case errors.As(err, &invalid) && invalid.Field == "ttl":
+		return nil, &lease.InvalidError{Field: "expires_in_seconds", Msg: invalid.Msg} // its word for it
 	case err != nil:
 		return nil, err
 	}
@@ -67,7 +70,7 @@ func expiresAt(ns int64) *timestamppb.Timestamp {
 func (s *originalService) ReleaseLock(ctx context.Context, r *original.Lock) (_ *original.EmptyResponse, err error) {
 	// A negative clock is one that no lock ever has; it takes the place of the
 	// highest number, and is refused with both clocks named as they are.
-	s.work.elsewhere(ctx, func() { err = s.m.ReleaseClock(ctx, r.GetKey(), uint64(r.GetClock())) })
+	s.work.elsewhere(func() { err = s.m.ReleaseClock(ctx, r.GetKey(), uint64(r.GetClock())) })
 	var refusal *lease.Refusal
 	if errors.As(err, &refusal) && refusal.Reason == machine.ReasonClockDisagrees {
 		return nil, status.Errorf(codes.Aborted, "A lock with key %s has clock %d, not %d", r.GetKey(), refusal.Clock, r.GetClock())
@@ -108,6 +111,6 @@ func (s *originalService) ListLocks(ctx context.Context, _ *original.EmptyReques
 }
 
 func (s *originalService) DeleteLock(ctx context.Context, r *original.Lock) (_ *original.EmptyResponse, err error) {
-	s.work.elsewhere(ctx, func() { err = s.m.Undeclare(ctx, r.GetKey()) })
+	s.work.elsewhere(func() { err = s.m.Undeclare(ctx, r.GetKey()) })
 	return &original.EmptyResponse{}, err
 }

@@ -4,6 +4,7 @@ package transport
 
 import (
 	"context"
+	"errors"
 	"net"
 	"runtime/debug"
 	"sync/atomic"
@@ -12,6 +13,7 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
@@ -64,7 +66,8 @@ type Config struct {
 	// request that is parked in a queue or waits for the log is not being
 	// worked on.
 	Workers int
-	// MaxMessageBytes bounds one message; 0 is 1 MiB.
+	// MaxMessageBytes bounds one request; 0 is 1 MiB. A longer one is refused
+	// with INVALID_ARGUMENT, one of more than four times that by gRPC itself.
 	MaxMessageBytes int
 	// MaxStreams bounds the calls under way on one connection; 0 is 10,000.
 	MaxStreams uint32
@@ -72,8 +75,10 @@ type Config struct {
 
 // Server is the gRPC server with all services.
 type Server struct {
-	grpc   *grpc.Server
-	health *health.Server
+	grpc     *grpc.Server
+	health   *health.Server
+	stopping context.Context // ends when Stop begins
+	stop     context.CancelFunc
 }
 
 // NewServer returns a server. Serve starts it.
@@ -88,43 +93,57 @@ func NewServer(cfg Config) *Server {
 		cfg.MaxStreams = 10_000
 	}
 	work := newWorkers(cfg.Workers)
+	stopping, stop := context.WithCancel(context.Background())
 	s := &Server{
+		stopping: stopping, stop: stop,
 		grpc: grpc.NewServer(
-			grpc.MaxRecvMsgSize(cfg.MaxMessageBytes),
+			grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto"), cfg.MaxMessageBytes}),
+			grpc.MaxRecvMsgSize(4*cfg.MaxMessageBytes),
+			grpc.WaitForHandlers(true),
+			grpc.SharedWriteBuffer(true), // an idle connection keeps none
 			grpc.MaxConcurrentStreams(cfg.MaxStreams),
 			grpc.MaxHeaderListSize(16<<10),
 			grpc.ConnectionTimeout(20*time.Second),
 			grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 			grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
 			grpc.ChainUnaryInterceptor(unary(cfg.Logger, work)),
-			grpc.ChainStreamInterceptor(streaming(cfg.Logger)),
+			grpc.ChainStreamInterceptor(streaming(cfg.Logger, stopping)),
 		),
 		health: health.NewServer(),
 	}
-	pb.RegisterLockServiceServer(s.grpc, &lockService{m: cfg.Manager, work: work})
-	pb.RegisterLeaseServiceServer(s.grpc, &leaseService{m: cfg.Manager, work: work})
-	pb.RegisterClusterServiceServer(s.grpc, &clusterService{m: cfg.Manager, node: cfg.Node})
-	original.RegisterDistlockServer(s.grpc, &originalService{m: cfg.Manager, work: work})
+	s.grpc.RegisterService(decoding(&pb.LockService_ServiceDesc), &lockService{m: cfg.Manager, work: work})
+	s.grpc.RegisterService(decoding(&pb.LeaseService_ServiceDesc), &leaseService{m: cfg.Manager, work: work})
+	s.grpc.RegisterService(decoding(&pb.ClusterService_ServiceDesc), &clusterService{m: cfg.Manager, node: cfg.Node})
+	s.grpc.RegisterService(decoding(&original.Distlock_ServiceDesc), &originalService{m: cfg.Manager, work: work})
 	healthpb.RegisterHealthServer(s.grpc, s.health)
 	reflection.Register(s.grpc)
-	s.health.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
+	s.SetServing(false)
 	return s
 }
 
-// SetServing is what the health service answers.
+// SetServing is what the health service answers, for the server as a whole
+// ("") and for each service.
 func (s *Server) SetServing(serving bool) {
 	state := healthpb.HealthCheckResponse_NOT_SERVING
 	if serving {
 		state = healthpb.HealthCheckResponse_SERVING
 	}
-	s.health.SetServingStatus("", state)
+	for _, service := range []string{
+		"", pb.LockService_ServiceDesc.ServiceName, pb.LeaseService_ServiceDesc.ServiceName,
+		pb.ClusterService_ServiceDesc.ServiceName, original.Distlock_ServiceDesc.ServiceName,
+	} {
+		s.health.SetServingStatus(service, state)
+	}
 }
 
 // Serve accepts connections until Stop; it returns nil then.
 func (s *Server) Serve(l net.Listener) error { return s.grpc.Serve(markedListener{l}) }
 
-// Stop lets calls under way finish for as long as ctx allows, then cuts them.
+// Stop ends the streams, which have no end of their own, lets calls under way
+// finish for as long as ctx allows, then cuts them. No handler runs any more
+// when it returns.
 func (s *Server) Stop(ctx context.Context) {
+	s.stop()
 	done := make(chan struct{})
 	go func() {
 		s.grpc.GracefulStop()
@@ -155,13 +174,22 @@ func unary(logger *zap.Logger, work workers) grpc.UnaryServerInterceptor {
 	}
 }
 
-func streaming(logger *zap.Logger) grpc.StreamServerInterceptor {
-	return func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
+// streaming does the same for streams, and ends them when the server stops.
+// Streams occupy no worker: all but a moment of their time they wait.
+func streaming(logger *zap.Logger, stopping context.Context) grpc.StreamServerInterceptor {
+	return func(srv any, in grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
 		defer rescue(logger, info.FullMethod, &err)
-		if err := handler(srv, stream); err != nil {
-			return asStatus(err)
+		ctx, cancel := context.WithCancelCause(in.Context())
+		defer cancel(nil)
+		defer context.AfterFunc(stopping, func() { cancel(lease.ErrStopping) })()
+		err = handler(srv, &stream{in, ctx})
+		switch {
+		case err == nil:
+			return nil
+		case errors.Is(context.Cause(ctx), lease.ErrStopping):
+			return toStatus(lease.ErrStopping)
 		}
-		return nil
+		return asStatus(err)
 	}
 }
 
@@ -210,14 +238,15 @@ func (w workers) leave() {
 }
 
 // elsewhere gives the worker back while fn waits for the manager: in a queue
-// or for the log. It is taken again to finish the request, or not at all when
-// the caller has gone.
-func (w workers) elsewhere(ctx context.Context, fn func()) {
+// or for the log. It is taken again to finish the request.
+func (w workers) elsewhere(fn func()) {
 	w.leave()
+	defer func() {
+		if w != nil {
+			w <- struct{}{} // not bounded by a context: leave follows in any case
+		}
+	}()
 	fn()
-	if w != nil {
-		w <- struct{}{} // not bounded by ctx: leave follows in any case
-	}
 }
 
 // detachable returns a context that ends with ctx, with the cause ErrDetached

@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -18,6 +19,10 @@ import (
 const (
 	defaultPage = 100
 	maxPage     = 1000
+
+	// softLimit is about how large an answer may grow: clients accept 4 MiB
+	// of one message unless told otherwise.
+	softLimit = 1 << 20
 )
 
 type lockService struct {
@@ -34,7 +39,7 @@ func (s *lockService) Acquire(ctx context.Context, r *pb.AcquireRequest) (*pb.Ac
 	ctx, stop := detachable(ctx)
 	defer stop()
 	var g lease.Grant
-	s.work.elsewhere(ctx, func() { g, err = s.m.Acquire(ctx, req) })
+	s.work.elsewhere(func() { g, err = s.m.Acquire(ctx, req) })
 	if err != nil {
 		return nil, err
 	}
@@ -42,19 +47,22 @@ func (s *lockService) Acquire(ctx context.Context, r *pb.AcquireRequest) (*pb.Ac
 }
 
 func (s *lockService) Release(ctx context.Context, r *pb.ReleaseRequest) (_ *pb.ReleaseResponse, err error) {
-	s.work.elsewhere(ctx, func() {
+	s.work.elsewhere(func() {
 		err = s.m.Release(ctx, lease.ReleaseRequest{Lease: lease.ID(r.GetLeaseId()), Name: r.GetName(), Token: fence.Token(r.GetToken())})
 	})
 	return &pb.ReleaseResponse{}, err
 }
 
 func (s *lockService) Abandon(ctx context.Context, r *pb.AbandonRequest) (_ *pb.AbandonResponse, err error) {
-	s.work.elsewhere(ctx, func() { err = s.m.Abandon(ctx, lease.ID(r.GetLeaseId()), lease.RequestID(r.GetRequestId())) })
+	s.work.elsewhere(func() { err = s.m.Abandon(ctx, lease.ID(r.GetLeaseId()), lease.RequestID(r.GetRequestId())) })
 	return &pb.AbandonResponse{}, err
 }
 
 func (s *lockService) Get(ctx context.Context, r *pb.GetRequest) (*pb.GetResponse, error) {
-	info, revision, err := s.m.Lock(ctx, r.GetName())
+	var info lease.LockInfo
+	var revision uint64
+	var err error
+	s.work.elsewhere(func() { info, revision, err = s.m.Lock(ctx, r.GetName()) })
 	if err != nil {
 		return nil, err
 	}
@@ -71,8 +79,11 @@ func (s *lockService) List(ctx context.Context, r *pb.ListRequest) (*pb.ListResp
 		return nil, err
 	}
 	out := &pb.ListResponse{Revision: revision}
-	for _, k := range list {
-		out.Locks = append(out.Locks, lockInfo(k))
+	for i, bytes := 0, 0; i < len(list); i++ {
+		out.Locks = append(out.Locks, lockInfo(list[i]))
+		if bytes += proto.Size(out.Locks[i]); bytes > softLimit && i+1 < len(list) {
+			list, more = list[:i+1], true
+		}
 	}
 	if more {
 		out.NextPageToken = pageToken(list[len(list)-1].Name)
@@ -98,7 +109,9 @@ func page(size int32, token string) (int, string, error) {
 func pageToken(after string) string { return base64.RawURLEncoding.EncodeToString([]byte(after)) }
 
 func (s *lockService) CheckToken(ctx context.Context, r *pb.CheckTokenRequest) (*pb.CheckTokenResponse, error) {
-	c, err := s.m.CheckToken(ctx, r.GetName(), fence.Token(r.GetToken()))
+	var c lease.TokenCheck
+	var err error
+	s.work.elsewhere(func() { c, err = s.m.CheckToken(ctx, r.GetName(), fence.Token(r.GetToken())) })
 	if err != nil {
 		return nil, err
 	}
@@ -106,30 +119,48 @@ func (s *lockService) CheckToken(ctx context.Context, r *pb.CheckTokenRequest) (
 }
 
 func (s *lockService) ForceRelease(ctx context.Context, r *pb.ForceReleaseRequest) (_ *pb.ForceReleaseResponse, err error) {
-	s.work.elsewhere(ctx, func() { err = s.m.ForceRelease(ctx, r.GetName(), fence.Token(r.GetToken()), r.GetBy()) })
+	s.work.elsewhere(func() { err = s.m.ForceRelease(ctx, r.GetName(), fence.Token(r.GetToken()), r.GetBy()) })
 	return &pb.ForceReleaseResponse{}, err
 }
 
 // Watch sends events as they come. A slow reader holds up only itself: gRPC's
 // flow control blocks Send, and the watcher is nothing but a position.
 func (s *lockService) Watch(r *pb.WatchRequest, stream pb.LockService_WatchServer) error {
-	w, err := s.m.Watch(r.GetPrefix(), r.GetFromRevision())
+	from := r.GetFromRevision()
+	if from == 0 {
+		from = s.m.Status().Revision + 1
+	}
+	w, err := s.m.Watch(r.GetPrefix(), from)
 	if err != nil {
 		return err
 	}
+	out := &pb.WatchResponse{Revision: from - 1}
 	wanted := func(name string) bool { return strings.HasPrefix(name, r.GetPrefix()) }
 	for {
+		if err := stream.Send(out); err != nil {
+			return err
+		}
 		events, revision, err := w.Next(stream.Context())
 		if err != nil {
 			return err
 		}
-		out := &pb.WatchResponse{Revision: revision}
+		out = &pb.WatchResponse{}
+		bytes := 0
 		for _, e := range events {
+			first := len(out.Events)
 			out.Events = event(out.Events, e, wanted)
+			for _, p := range out.Events[first:] {
+				bytes += proto.Size(p)
+			}
+			if out.Revision = e.Revision; bytes < softLimit {
+				continue
+			}
+			if err := stream.Send(out); err != nil {
+				return err
+			}
+			out, bytes = &pb.WatchResponse{}, 0
 		}
-		if err := stream.Send(out); err != nil {
-			return err
-		}
+		out.Revision = revision
 	}
 }
 
@@ -145,7 +176,7 @@ func (s *leaseService) Grant(ctx context.Context, r *pb.GrantRequest) (*pb.Grant
 		return nil, err
 	}
 	var info lease.LeaseInfo
-	s.work.elsewhere(ctx, func() {
+	s.work.elsewhere(func() {
 		info, err = s.m.GrantLease(ctx, lease.GrantLeaseRequest{
 			Request: lease.RequestID(r.GetRequestId()), TTL: ttl, Owner: r.GetOwner(), Metadata: metas(r.GetMetadata()),
 		})
@@ -157,7 +188,7 @@ func (s *leaseService) Grant(ctx context.Context, r *pb.GrantRequest) (*pb.Grant
 }
 
 // maxKeepAlive bounds the leases renewed by one message.
-const maxKeepAlive = 100_000
+const maxKeepAlive = 10_000
 
 func (s *leaseService) KeepAlive(ctx context.Context, r *pb.KeepAliveRequest) (*pb.KeepAliveResponse, error) {
 	if len(r.GetLeaseIds()) > maxKeepAlive {
@@ -167,7 +198,9 @@ func (s *leaseService) KeepAlive(ctx context.Context, r *pb.KeepAliveRequest) (*
 	for i, id := range r.GetLeaseIds() {
 		ids[i] = lease.ID(id)
 	}
-	list, err := s.m.KeepAlive(ctx, ids)
+	var list []lease.KeepAlive
+	var err error
+	s.work.elsewhere(func() { list, err = s.m.KeepAlive(ctx, ids) })
 	if err != nil {
 		return nil, err
 	}
@@ -189,12 +222,14 @@ func (s *leaseService) KeepAlive(ctx context.Context, r *pb.KeepAliveRequest) (*
 }
 
 func (s *leaseService) Revoke(ctx context.Context, r *pb.RevokeRequest) (_ *pb.RevokeResponse, err error) {
-	s.work.elsewhere(ctx, func() { err = s.m.RevokeLease(ctx, lease.ID(r.GetLeaseId()), r.GetBy()) })
+	s.work.elsewhere(func() { err = s.m.RevokeLease(ctx, lease.ID(r.GetLeaseId()), r.GetBy()) })
 	return &pb.RevokeResponse{}, err
 }
 
 func (s *leaseService) Get(ctx context.Context, r *pb.GetLeaseRequest) (*pb.GetLeaseResponse, error) {
-	info, err := s.m.Lease(ctx, lease.ID(r.GetLeaseId()))
+	var info lease.LeaseInfo
+	var err error
+	s.work.elsewhere(func() { info, err = s.m.Lease(ctx, lease.ID(r.GetLeaseId())) })
 	if err != nil {
 		return nil, err
 	}
@@ -217,8 +252,11 @@ func (s *leaseService) List(ctx context.Context, r *pb.ListLeasesRequest) (*pb.L
 		return nil, err
 	}
 	out := &pb.ListLeasesResponse{}
-	for _, l := range list {
-		out.Leases = append(out.Leases, leaseInfo(l))
+	for i, bytes := 0, 0; i < len(list); i++ {
+		out.Leases = append(out.Leases, leaseInfo(list[i]))
+		if bytes += proto.Size(out.Leases[i]); bytes > softLimit && i+1 < len(list) {
+			list, more = list[:i+1], true
+		}
 	}
 	if more {
 		out.NextPageToken = pageToken(strconv.FormatUint(uint64(list[len(list)-1].ID), 10))

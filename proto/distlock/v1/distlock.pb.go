@@ -841,7 +841,7 @@ func (x *GetResponse) GetRevision() uint64 {
 type ListRequest struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Prefix string                 `protobuf:"bytes,1,opt,name=prefix,proto3" json:"prefix,omitempty"`
-	// 1 to 1000; 0 for 100.
+	// 1 to 1000; 0 for 100. A page of large locks may hold fewer.
 	PageSize      int32  `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	PageToken     string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1549,8 +1549,10 @@ func (x *WatchRequest) GetFromRevision() uint64 {
 }
 
 type WatchResponse struct {
-	state  protoimpl.MessageState `protogen:"open.v1"`
-	Events []*Event               `protobuf:"bytes,1,rep,name=events,proto3" json:"events,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Empty in the first answer, which comes at once and says from where the
+	// stream goes on.
+	Events []*Event `protobuf:"bytes,1,rep,name=events,proto3" json:"events,omitempty"`
 	// The store's revision up to which this stream is complete.
 	Revision      uint64 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1855,8 +1857,9 @@ func (x *GrantResponse) GetTtl() *durationpb.Duration {
 }
 
 type KeepAliveRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	LeaseIds      []uint64               `protobuf:"varint,1,rep,packed,name=lease_ids,json=leaseIds,proto3" json:"lease_ids,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// At most 10,000.
+	LeaseIds      []uint64 `protobuf:"varint,1,rep,packed,name=lease_ids,json=leaseIds,proto3" json:"lease_ids,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2225,17 +2228,21 @@ func (x *ListLeasesResponse) GetNextPageToken() string {
 }
 
 type Lease struct {
-	state      protoimpl.MessageState `protogen:"open.v1"`
-	LeaseId    uint64                 `protobuf:"varint,1,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
-	Ttl        *durationpb.Duration   `protobuf:"bytes,2,opt,name=ttl,proto3" json:"ttl,omitempty"`
-	Remaining  *durationpb.Duration   `protobuf:"bytes,3,opt,name=remaining,proto3" json:"remaining,omitempty"`
-	Owner      string                 `protobuf:"bytes,4,opt,name=owner,proto3" json:"owner,omitempty"`
-	Metadata   map[string]string      `protobuf:"bytes,5,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	GrantedAt  *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=granted_at,json=grantedAt,proto3" json:"granted_at,omitempty"`
-	Holds      []*Grant               `protobuf:"bytes,7,rep,name=holds,proto3" json:"holds,omitempty"`
-	WaitingFor []string               `protobuf:"bytes,8,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	LeaseId   uint64                 `protobuf:"varint,1,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
+	Ttl       *durationpb.Duration   `protobuf:"bytes,2,opt,name=ttl,proto3" json:"ttl,omitempty"`
+	Remaining *durationpb.Duration   `protobuf:"bytes,3,opt,name=remaining,proto3" json:"remaining,omitempty"`
+	Owner     string                 `protobuf:"bytes,4,opt,name=owner,proto3" json:"owner,omitempty"`
+	Metadata  map[string]string      `protobuf:"bytes,5,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	GrantedAt *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=granted_at,json=grantedAt,proto3" json:"granted_at,omitempty"`
+	// At most 100; hold_count counts all.
+	Holds []*Grant `protobuf:"bytes,7,rep,name=holds,proto3" json:"holds,omitempty"`
+	// Locks it waits for, at most 100; waiting_count counts all.
+	WaitingFor []string `protobuf:"bytes,8,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`
 	// Made with an acquisition, ends with it.
-	Own           bool `protobuf:"varint,9,opt,name=own,proto3" json:"own,omitempty"`
+	Own           bool  `protobuf:"varint,9,opt,name=own,proto3" json:"own,omitempty"`
+	HoldCount     int32 `protobuf:"varint,10,opt,name=hold_count,json=holdCount,proto3" json:"hold_count,omitempty"`
+	WaitingCount  int32 `protobuf:"varint,11,opt,name=waiting_count,json=waitingCount,proto3" json:"waiting_count,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2333,7 +2340,23 @@ func (x *Lease) GetOwn() bool {
 	return false
 }
 
-// Problem is the detail of an error about a lock or lease.
+func (x *Lease) GetHoldCount() int32 {
+	if x != nil {
+		return x.HoldCount
+	}
+	return 0
+}
+
+func (x *Lease) GetWaitingCount() int32 {
+	if x != nil {
+		return x.WaitingCount
+	}
+	return 0
+}
+
+// Problem is the detail of an error about a lock or lease. It travels in a
+// header of at most 8 KiB: what does not fit of its lists is left out, and Get
+// shows it.
 type Problem struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The same word as ErrorInfo.reason.
@@ -3158,7 +3181,7 @@ const file_distlock_v1_distlock_proto_rawDesc = "" +
 	"page_token\x18\x02 \x01(\tR\tpageToken\"h\n" +
 	"\x12ListLeasesResponse\x12*\n" +
 	"\x06leases\x18\x01 \x03(\v2\x12.distlock.v1.LeaseR\x06leases\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xb1\x03\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xf5\x03\n" +
 	"\x05Lease\x12\x19\n" +
 	"\blease_id\x18\x01 \x01(\x04R\aleaseId\x12+\n" +
 	"\x03ttl\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\x127\n" +
@@ -3170,7 +3193,11 @@ const file_distlock_v1_distlock_proto_rawDesc = "" +
 	"\x05holds\x18\a \x03(\v2\x12.distlock.v1.GrantR\x05holds\x12\x1f\n" +
 	"\vwaiting_for\x18\b \x03(\tR\n" +
 	"waitingFor\x12\x10\n" +
-	"\x03own\x18\t \x01(\bR\x03own\x1a;\n" +
+	"\x03own\x18\t \x01(\bR\x03own\x12\x1d\n" +
+	"\n" +
+	"hold_count\x18\n" +
+	" \x01(\x05R\tholdCount\x12#\n" +
+	"\rwaiting_count\x18\v \x01(\x05R\fwaitingCount\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xf0\x03\n" +
