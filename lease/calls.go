@@ -26,10 +26,17 @@ type call struct {
 	explain  Explanation
 	answered bool
 	givingUp bool // its Abandon is in the log: a grant that comes first is undone
-	gone     bool // its caller has left
+	replaced bool // a repeat has taken its place
 
 	giveUpOf *call // this is the Abandon of a wait that reached its bound
+	room     room  // that it has reserved
 }
+
+// room is what a command may add to the tables.
+type room struct{ leases, locks, waiters int }
+
+func (r *room) add(o room) { r.leases += o.leases; r.locks += o.locks; r.waiters += o.waiters }
+func (r *room) sub(o room) { r.leases -= o.leases; r.locks -= o.locks; r.waiters -= o.waiters }
 
 type outcome struct {
 	result  machine.Result
@@ -44,7 +51,7 @@ func (c *call) take(m *Manager) {
 		err = ErrStopping
 	}
 	if err == nil {
-		err = m.room(c)
+		err = m.reserve(c)
 	}
 	if err != nil {
 		c.answer(machine.Result{}, err)
@@ -54,37 +61,74 @@ func (c *call) take(m *Manager) {
 	m.enqueue(c)
 }
 
-// room holds a command against the server's bounds.
-func (m *Manager) room(c *call) error {
-	var lease, locks, waiting bool
+// reserve holds a command against the server's bounds, and reserves what it
+// may need until its result is known.
+func (m *Manager) reserve(c *call) error {
+	var need room
 	switch cmd := c.cmd.(type) {
 	case *machine.GrantLease:
-		lease = true
+		need.leases = 1
 	case *machine.Declare:
-		locks = true
+		need.locks = 1
 	case *machine.Acquire:
-		lease, locks, waiting = cmd.Lease == 0, true, cmd.Wait
+		need.locks = len(cmd.Names)
+		if cmd.Lease == 0 {
+			need.leases = 1
+		}
+		if cmd.Wait {
+			need.waiters = 1
+		}
 	default:
 		return nil
 	}
-	var n machine.Counts
-	var known bool
-	m.store.Read(func(s *machine.Machine) {
-		n = s.Counts()
-		if c.key.request != 0 {
-			_, known = s.Find(c.key.lease, c.key.request)
+	if m.exceeded(need) != nil {
+		// Close to a bound it matters what is there already.
+		need = m.missing(c, need)
+		if err := m.exceeded(need); err != nil {
+			return err
 		}
-	})
+	}
+	c.room = need
+	m.reserved.add(need)
+	return nil
+}
+
+// exceeded says which bound would be broken by granting need beside all that
+// is under way; nil when none would.
+func (m *Manager) exceeded(need room) error {
 	switch {
-	case known: // a repeat takes no more room
-	case lease && n.Leases >= m.bounds.MaxLeases:
+	case need.leases > 0 && m.counts.Leases+m.reserved.leases+need.leases > m.bounds.MaxLeases:
 		return &ExhaustedError{What: "leases", Max: m.bounds.MaxLeases}
-	case locks && n.Locks >= m.bounds.MaxLocks:
+	case need.locks > 0 && m.counts.Locks+m.reserved.locks+need.locks > m.bounds.MaxLocks:
 		return &ExhaustedError{What: "locks", Max: m.bounds.MaxLocks}
-	case waiting && n.Waiters >= m.bounds.MaxWaiters:
+	case need.waiters > 0 && m.counts.Waiters+m.reserved.waiters+need.waiters > m.bounds.MaxWaiters:
 		return &ExhaustedError{What: "waiters", Max: m.bounds.MaxWaiters}
 	}
 	return nil
+}
+
+// missing leaves out of need what exists already: locks, and everything of a
+// repeat.
+func (m *Manager) missing(c *call, need room) room {
+	m.store.Read(func(s *machine.Machine) {
+		switch cmd := c.cmd.(type) {
+		case *machine.Declare:
+			if _, exists := s.Lock(cmd.Name); exists {
+				need.locks--
+			}
+		case *machine.Acquire:
+			if _, known := s.Find(c.key.lease, c.key.request); known {
+				need = room{}
+				return
+			}
+			for _, name := range cmd.Names {
+				if _, exists := s.Lock(name); exists {
+					need.locks--
+				}
+			}
+		}
+	})
+	return need
 }
 
 // committed takes the machine's result in.
@@ -101,11 +145,16 @@ func (c *call) committed(m *Manager, r machine.Result, serving bool) {
 		return
 	}
 	if !r.Waiting {
+		if c.madeLease() {
+			m.renewMade(r.Lease)
+		}
 		c.answer(r, nil)
 		return
 	}
 	c.leaseID = r.Lease
 	switch {
+	case m.failed != nil:
+		c.answer(machine.Result{}, m.failed)
 	case !serving:
 		c.answer(machine.Result{}, &NotLeaderError{Hint: m.hint})
 	case m.draining:
@@ -115,11 +164,32 @@ func (c *call) committed(m *Manager, r machine.Result, serving bool) {
 	}
 }
 
+// madeLease reports whether the command makes a lease.
+func (c *call) madeLease() bool {
+	switch cmd := c.cmd.(type) {
+	case *machine.GrantLease:
+		return true
+	case *machine.Acquire:
+		return cmd.Lease == 0
+	}
+	return false
+}
+
+// renewMade renews a lease made by an earlier attempt, whose answer may have
+// been lost: whoever repeats the request counts the TTL from the repeat. A
+// lease made just now is not in the table yet, and its event arms it.
+func (m *Manager) renewMade(id ID) {
+	if t := m.leases[id]; t != nil {
+		t.deadline = max(t.deadline, later(m.now(), t.ttl))
+	}
+}
+
 // park lets a call wait for its grant. A repeat takes the place of the call it
 // repeats.
 func (m *Manager) park(c *call) {
 	if old := m.parked[c.key]; old != nil {
 		m.unpark(old)
+		old.replaced = true
 		old.answer(machine.Result{}, ErrSuperseded)
 	}
 	m.parked[c.key] = c
@@ -128,7 +198,7 @@ func (m *Manager) park(c *call) {
 	}
 	if c.bound != WaitForever {
 		m.waitID++
-		c.wait = timer{kind: timerWait, id: m.waitID, deadline: c.since + c.bound}
+		c.wait = timer{kind: timerWait, id: m.waitID, deadline: later(c.since, c.bound)}
 		m.waits[m.waitID] = c
 		m.wheel.arm(&c.wait)
 	}
@@ -152,29 +222,20 @@ type leave struct {
 
 func (l *leave) take(m *Manager) {
 	c := l.call
-	if c.gone = true; m.refuses() != nil || m.draining {
+	if m.refuses() != nil || m.draining || c.replaced {
 		return
 	}
-	late := c.answered // a grant won the race: nobody will hear of it
-	parked := m.parked[c.key] == c
-	if l.keep {
-		if parked {
-			m.unpark(c)
-			if t := m.leases[c.leaseID]; t != nil && c.key.lease == 0 && !t.armed() && !t.expiring {
-				m.armLease(c.leaseID, t.ttl, m.now())
-			}
-		}
-		c.answered = true
-		return
-	}
-	if late && m.parked[c.key] != nil {
-		return // superseded: the place is another's
-	}
-	if parked {
+	if m.parked[c.key] == c {
 		m.unpark(c)
+		if l.keep && c.key.lease == 0 {
+			m.armLease(c.leaseID, m.leases[c.leaseID].ttl, m.now())
+		}
 	}
 	c.answered = true
-	m.enqueue(&call{cmd: &machine.Abandon{Lease: c.key.lease, Request: c.key.request}})
+	if !l.keep {
+		// Also when a grant has won the race: nobody will hear of it.
+		m.enqueue(&call{cmd: &machine.Abandon{Lease: c.key.lease, Request: c.key.request}})
+	}
 }
 
 // do sends one command through the loop and waits for its result. When ctx
@@ -246,7 +307,7 @@ func (m *Manager) renew(id ID, received time.Duration) KeepAlive {
 		return KeepAlive{Lease: id, Err: &Refusal{Reason: machine.ReasonLeaseEnded, Lease: id, Ended: &machine.Ended{Cause: machine.EndExpired, At: m.clock.Now().UnixNano()}}}
 	}
 	// Only the deadline moves; the wheel notices at the old one.
-	t.deadline = max(t.deadline, received+t.ttl)
+	t.deadline = max(t.deadline, later(received, t.ttl))
 	return KeepAlive{Lease: id, TTL: t.ttl}
 }
 
@@ -286,7 +347,7 @@ func (m *Manager) remaining(id ID) time.Duration {
 	switch {
 	case t == nil || t.expiring:
 		return 0
-	case !t.armed(): // kept alive by its parked call
+	case t.deadline == never: // kept alive by its parked call
 		return t.ttl
 	}
 	return max(t.deadline-m.now(), 0)
@@ -330,8 +391,12 @@ func (m *Manager) Acquire(ctx context.Context, r AcquireRequest) (Grant, error) 
 	select {
 	case o = <-c.done:
 	case <-ctx.Done():
+	}
+	if ctx.Err() != nil && o.err == nil { // nobody hears the answer, if there is one
 		cause := context.Cause(ctx)
-		m.put(&leave{call: c, keep: errors.Is(cause, ErrDetached)})
+		// Nobody could ask again for the place of an anonymous request.
+		keep := errors.Is(cause, ErrDetached) && cmd.Request < machine.AnonymousRequest
+		m.put(&leave{call: c, keep: keep})
 		return Grant{}, cause
 	}
 	if o.err != nil {

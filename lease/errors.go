@@ -81,9 +81,13 @@ func (e *WaitTimeoutError) Error() string {
 	return fmt.Sprintf("not acquired within %v", e.Waited)
 }
 
-// RangeError says that a watch asked for events that are no longer kept.
+// RangeError says that a watch asked for events that are no longer kept, or
+// for a revision that this store has not come to: then it is another store.
 type RangeError struct{ Asked, Oldest uint64 }
 
 func (e *RangeError) Error() string {
+	if e.Asked > e.Oldest {
+		return fmt.Sprintf("revision %d has not been reached: list anew and watch from there", e.Asked)
+	}
 	return fmt.Sprintf("revision %d is no longer kept, the oldest is %d: list anew and watch from there", e.Asked, e.Oldest)
 }

@@ -42,6 +42,7 @@ type Manager struct {
 	// The inbox is how other goroutines reach the loop.
 	mu     sync.Mutex
 	inbox  []input
+	spare  []input       // the loop's last inbox, emptied: the next one
 	closed bool          // the loop has ended
 	wake   chan struct{} // buffered, one
 	shared Status        // what Status answers, written by the loop
@@ -67,24 +68,32 @@ type loop struct {
 	waits  map[uint64]*call       // by the number in the wheel
 
 	pending  []*call // commands for the next batch
-	inFlight []*call // commands of the batch in the log; nil when none is
+	busy     bool    // a batch is in the log, of the commands of inFlight
+	inFlight []*call
+	commands []machine.Command // of inFlight; the array is used again
 	parked   map[waiter]*call
 
+	// What the tables would hold if all that is pending or in the log were
+	// granted is counts (of the last batch applied) and reserved together.
+	counts   machine.Counts
+	reserved room
+
+	round      uint64 // of confirmation
 	confirming bool
 	unasked    []*confirmation // arrived since the round in flight began
 	asked      []*confirmation
 
-	due      []ID // leases whose time has come, expiry not yet proposed
+	due      []ID // leases whose time has come; propose looks at them again
 	marks    []mark
 	waitID   uint64
 	forgetAt timer
 }
 
-// leaseTimer is what the manager keeps per live lease.
+// leaseTimer is what the manager keeps per live lease. A lease that a parked
+// call keeps alive has the deadline never, and is not in the wheel.
 type leaseTimer struct {
 	timer
-	ttl      time.Duration
-	expiring bool // its expiry is decided: renewals are refused
+	ttl time.Duration
 }
 
 type delayTimer struct {
@@ -107,8 +116,9 @@ type mark struct {
 }
 
 const (
-	maxBatch    = 4096 // commands in one batch
-	maxExpiries = 4096 // leases in one expiry command: a mass expiry is smeared
+	maxBatch    = 4096    // commands in one batch
+	maxBytes    = 4 << 20 // of one batch, about: a log refuses entries without bound
+	maxExpiries = 4096    // leases in one expiry command: a mass expiry is smeared
 	markEvery   = 30 * time.Second
 	remember    = 10 * time.Minute
 )
@@ -152,7 +162,8 @@ func (b Bounds) withDefaults() Bounds {
 	return b
 }
 
-// reset forgets everything that only a leader knows.
+// reset forgets everything that only a leader knows. No timer of the old wheel
+// may be touched afterwards.
 func (m *Manager) reset() {
 	m.wheel = newWheel()
 	m.leases = make(map[ID]*leaseTimer)
@@ -178,13 +189,7 @@ func (m *Manager) Run(ctx context.Context) (err error) {
 	leadership := m.log.Leadership()
 	defer func() { m.end(err) }()
 	for {
-		m.mu.Lock()
-		inbox := m.inbox
-		m.inbox = nil
-		m.mu.Unlock()
-		for _, in := range inbox {
-			in.take(m)
-		}
+		m.takeInbox()
 		if m.leading {
 			m.wheel.advance(m.now(), m.fire)
 			m.propose()
@@ -215,6 +220,27 @@ func (m *Manager) Run(ctx context.Context) (err error) {
 	}
 }
 
+// takeInbox takes in what has been put since the last time.
+func (m *Manager) takeInbox() {
+	m.mu.Lock()
+	inbox := m.inbox
+	m.inbox, m.spare = m.spare, nil
+	m.mu.Unlock()
+	for i, in := range inbox {
+		in.take(m)
+		inbox[i] = nil
+	}
+	if cap(inbox) > maxSpare {
+		inbox = nil
+	}
+	m.mu.Lock()
+	m.spare = inbox[:0]
+	m.mu.Unlock()
+}
+
+// maxSpare bounds the arrays that are kept to be used again.
+const maxSpare = 1 << 14
+
 // put hands an input to the loop; false when the loop has ended.
 func (m *Manager) put(in input) bool {
 	m.mu.Lock()
@@ -243,17 +269,18 @@ func (m *Manager) end(err error) {
 	m.shared.Leader = false
 	m.mu.Unlock()
 	answer := error(ErrStopping)
-	unknown := error(ErrStopping)
 	if err != nil {
-		answer, unknown = err, fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
+		answer = err
 	}
 	m.failed = answer
 	m.leading = false
 	for _, in := range inbox {
 		in.take(m)
 	}
-	for _, c := range m.inFlight {
-		c.answer(machine.Result{}, unknown)
+	if m.busy {
+		for _, c := range m.inFlight {
+			c.answer(machine.Result{}, fmt.Errorf("%w: %w", ErrOutcomeUnknown, answer))
+		}
 	}
 	m.abandonServing(answer)
 }
@@ -261,6 +288,7 @@ func (m *Manager) end(err error) {
 // abandonServing answers whoever waits with err; places in queues stay.
 func (m *Manager) abandonServing(err error) {
 	for _, c := range m.pending {
+		m.reserved.sub(c.room)
 		c.answer(machine.Result{}, err)
 	}
 	m.pending = nil
@@ -274,7 +302,8 @@ func (m *Manager) abandonServing(err error) {
 	m.asked, m.unasked, m.confirming = nil, nil, false
 }
 
-// lead takes a change of leadership in.
+// lead takes a change of leadership in. A log may leave out a loss when it is
+// followed by a gain: another term is another leadership.
 func (m *Manager) lead(l Leadership) {
 	if !l.Leader {
 		if m.leading {
@@ -285,6 +314,12 @@ func (m *Manager) lead(l Leadership) {
 		m.reset()
 		return
 	}
+	if m.leading {
+		if l.Term == m.term {
+			return
+		}
+		m.abandonServing(&NotLeaderError{})
+	}
 	// Whatever an earlier leader knew of the time is gone: every lease gets
 	// its full TTL, every lock-delay its full length.
 	m.reset()
@@ -292,6 +327,8 @@ func (m *Manager) lead(l Leadership) {
 	now := m.now()
 	m.wheel.now = uint64(now / tick)
 	m.store.Read(func(s *machine.Machine) {
+		m.counts = s.Counts()
+		m.leases = make(map[ID]*leaseTimer, m.counts.Leases)
 		s.EachLease(func(id ID, ttl machine.Duration, own, waiting bool, request RequestID) bool {
 			m.armLease(id, time.Duration(ttl), now)
 			return true
@@ -316,12 +353,12 @@ func (m *Manager) armLease(id ID, ttl, now time.Duration) {
 		t = &leaseTimer{timer: timer{kind: timerLease, id: uint64(id)}, ttl: ttl}
 		m.leases[id] = t
 	}
-	t.deadline = now + ttl
+	t.deadline = later(now, ttl)
 	m.wheel.arm(&t.timer)
 }
 
 func (m *Manager) armDelay(name string, d machine.Delay, now time.Duration) {
-	t := &delayTimer{timer: timer{kind: timerDelay, id: d.ID, deadline: now + time.Duration(d.Duration)}, name: name}
+	t := &delayTimer{timer: timer{kind: timerDelay, id: d.ID, deadline: later(now, time.Duration(d.Duration))}, name: name}
 	m.delays[d.ID] = t
 	m.wheel.arm(&t.timer)
 }
@@ -330,10 +367,7 @@ func (m *Manager) armDelay(name string, d machine.Delay, now time.Duration) {
 func (m *Manager) fire(t *timer) {
 	switch t.kind {
 	case timerLease:
-		if l := m.leases[ID(t.id)]; l != nil && !l.expiring {
-			l.expiring = true
-			m.due = append(m.due, ID(t.id))
-		}
+		m.due = append(m.due, ID(t.id))
 	case timerDelay:
 		if d := m.delays[t.id]; d != nil {
 			delete(m.delays, t.id)
@@ -381,80 +415,156 @@ func (m *Manager) enqueue(c *call) { m.pending = append(m.pending, c) }
 // propose sends the next batch to the log, unless one is on its way: while it
 // is being committed the next one gathers.
 func (m *Manager) propose() {
-	if m.inFlight != nil {
+	if m.busy {
 		return
 	}
-	if len(m.due) > 0 {
-		n := min(len(m.due), maxExpiries)
-		m.enqueue(&call{cmd: &machine.ExpireLeases{Leases: m.due[:n:n], Term: m.term}})
-		m.due = m.due[n:]
+	calls, commands := m.inFlight[:0], m.commands[:0]
+	// Expiries come first, so that nothing else in the batch finds a lease
+	// alive of which the manager already says that it is not.
+	if c := m.expiries(); c != nil {
+		calls, commands = append(calls, c), append(commands, c.cmd)
 	}
-	batch := machine.Batch{Stamp: m.clock.Now().UnixNano()}
-	var calls []*call
-	for len(m.pending) > 0 && len(calls) < maxBatch {
-		c := m.pending[0]
-		m.pending = m.pending[1:]
-		if c.giveUpOf != nil && c.giveUpOf.answered {
-			continue // granted before its time was up
-		}
+	n, bytes := 0, 0
+	for ; n < len(m.pending) && len(calls) < maxBatch && bytes < maxBytes; n++ {
+		c := m.pending[n]
 		if c.giveUpOf != nil {
+			if c.giveUpOf.answered {
+				continue // granted before its time was up
+			}
 			c.giveUpOf.givingUp = true
 		}
-		calls = append(calls, c)
-		batch.Commands = append(batch.Commands, c.cmd)
+		bytes += size(c.cmd)
+		calls, commands = append(calls, c), append(commands, c.cmd)
 	}
-	if len(m.pending) == 0 {
+	clear(m.pending[:n])
+	if m.pending = m.pending[n:]; len(m.pending) == 0 {
 		m.pending = nil
 	}
+	m.inFlight, m.commands = calls, commands
 	if len(calls) == 0 {
 		return
 	}
-	m.inFlight = calls
+	m.busy = true
 	term := m.term
+	batch := machine.Batch{Stamp: m.clock.Now().UnixNano(), Commands: commands}
 	m.log.Propose(batch, func(out machine.Outcome, err error) {
-		m.put(&committed{term: term, calls: calls, out: out, err: err})
+		m.put(&committed{term: term, out: out, err: err})
 	})
 }
 
-// committed is the answer of the log to one batch.
+// expiries makes the command that ends the leases whose time has come, and has
+// not been moved since; nil when there are none. From here on their renewals
+// are refused.
+func (m *Manager) expiries() *call {
+	now := m.now()
+	var list []ID
+	n := 0
+	for ; n < len(m.due) && len(list) < maxExpiries; n++ {
+		t := m.leases[m.due[n]]
+		switch {
+		case t == nil: // ended by other means
+		case t.expiring || t.deadline <= now:
+			t.expiring = true
+			list = append(list, m.due[n])
+		case t.deadline != never && !t.armed():
+			m.wheel.arm(&t.timer)
+		}
+	}
+	if m.due = m.due[n:]; len(m.due) == 0 {
+		m.due = nil
+	}
+	if list == nil {
+		return nil
+	}
+	return &call{cmd: &machine.ExpireLeases{Leases: list, Term: m.term}}
+}
+
+// size is about what a command takes in a log entry.
+func size(cmd machine.Command) int {
+	const small = 64
+	switch c := cmd.(type) {
+	case *machine.Acquire:
+		n := small + len(c.Actor) + len(c.Owner)
+		for _, name := range c.Names {
+			n += len(name)
+		}
+		for _, e := range c.Metadata {
+			n += len(e.Key) + len(e.Value)
+		}
+		return n
+	case *machine.GrantLease:
+		n := small + len(c.Owner)
+		for _, e := range c.Metadata {
+			n += len(e.Key) + len(e.Value)
+		}
+		return n
+	}
+	return small + MaxName
+}
+
+// committed is the answer of the log to the batch in flight.
 type committed struct {
-	term  uint64
-	calls []*call
-	out   machine.Outcome
-	err   error
+	term uint64
+	out  machine.Outcome
+	err  error
 }
 
 func (c *committed) take(m *Manager) {
-	m.inFlight = nil
+	calls := m.inFlight
+	m.busy = false
+	for _, call := range calls {
+		m.reserved.sub(call.room)
+	}
 	if c.err != nil {
-		err := c.err
-		if errors.Is(err, ErrNotLeader) {
-			err = &NotLeaderError{Hint: m.hint}
-		}
-		again := m.leading && c.term == m.term && m.failed == nil
-		for _, call := range c.calls {
-			call.answer(machine.Result{}, err)
-			// What the manager itself proposed is decided anew by whoever
-			// leads next; if that is still this node, it must go on trying.
-			// All of it may be applied twice.
-			if again && call.done == nil {
-				m.enqueue(call)
-			}
-		}
+		m.uncommitted(calls, c)
 		return
 	}
 	serving := m.leading && c.term == m.term
 	now := m.now()
 	// Results come before events: an acquisition must be parked before the
-	// event that grants it.
-	for i, call := range c.calls {
+	// event that grants it, and a lease that is there already was made by an
+	// earlier attempt.
+	for i, call := range calls {
 		call.committed(m, c.out.Results[i], serving)
 	}
 	if serving {
+		m.store.Read(func(s *machine.Machine) { m.counts = s.Counts() })
 		for i := range c.out.Events {
 			m.observe(&c.out.Events[i], now)
 		}
 	}
+	m.recycle()
+}
+
+// uncommitted answers the calls of a batch that the log did not commit.
+func (m *Manager) uncommitted(calls []*call, c *committed) {
+	err := c.err
+	if errors.Is(err, ErrNotLeader) {
+		err = &NotLeaderError{Hint: m.hint}
+	}
+	again := m.leading && c.term == m.term && m.failed == nil
+	for _, call := range calls {
+		call.answer(machine.Result{}, err)
+		// What the manager itself proposed is decided anew by whoever leads
+		// next; if that is still this node, it must go on trying. All of it
+		// may be applied twice.
+		if !again || call.done != nil {
+			continue
+		}
+		if cmd, ok := call.cmd.(*machine.ExpireLeases); ok {
+			m.due = append(cmd.Leases, m.due...)
+			continue
+		}
+		m.enqueue(call)
+	}
+	m.recycle()
+}
+
+// recycle empties the arrays of the batch that has been answered.
+func (m *Manager) recycle() {
+	clear(m.inFlight)
+	clear(m.commands)
+	m.inFlight, m.commands = m.inFlight[:0], m.commands[:0]
 }
 
 // observe follows what happened to leases, delays and waiters.
@@ -483,10 +593,10 @@ func (m *Manager) observe(e *Event, now time.Duration) {
 	case machine.EventAbandoned:
 		if c := m.parked[m.waiterOf(e)]; c != nil && !c.givingUp {
 			m.unpark(c)
-			var refusal *Refusal
-			m.store.Read(func(s *machine.Machine) { refusal = s.LeaseGone(e.Lease) })
-			if refusal.Ended == nil || e.Cause == machine.EndReleased {
-				refusal = &Refusal{Reason: machine.ReasonRequestEnded, Lease: e.Lease}
+			refusal := &Refusal{Reason: machine.ReasonRequestEnded, Lease: e.Lease}
+			if e.Cause != machine.EndReleased { // with its lease
+				refusal.Reason = machine.ReasonLeaseEnded
+				refusal.Ended = &machine.Ended{Cause: e.Cause, By: e.By, At: e.Stamp, Revision: e.Revision}
 			}
 			c.answer(machine.Result{}, refusal)
 		}
@@ -513,7 +623,8 @@ func grantOf(e *Event) *machine.Grant {
 
 // suspend stops a lease's time while a parked call keeps it alive.
 func (m *Manager) suspend(id ID) {
-	if t := m.leases[id]; t != nil && !t.expiring {
+	if t := m.leases[id]; t != nil {
+		t.deadline = never
 		m.wheel.disarm(&t.timer)
 	}
 }
@@ -566,25 +677,28 @@ func (m *Manager) confirm() {
 	if m.confirming || len(m.unasked) == 0 {
 		return
 	}
+	m.round++
 	m.confirming = true
-	m.asked, m.unasked = m.unasked, m.asked[:0]
-	term := m.term
-	m.log.Confirm(term, func(err error) { m.put(&confirmed{term, err}) })
+	m.asked, m.unasked = m.unasked, nil
+	round := m.round
+	m.log.Confirm(m.term, func(err error) { m.put(&confirmed{round, err}) })
 }
 
 // confirmed is the answer of the log to a round of confirmation.
 type confirmed struct {
-	term uint64
-	err  error
+	round uint64
+	err   error
 }
 
 func (c *confirmed) take(m *Manager) {
-	if !m.confirming || m.failed != nil {
+	// Of a round that a change of leadership cut short nobody waits: it must
+	// not vouch for those who arrived after it began.
+	if !m.confirming || c.round != m.round || m.failed != nil {
 		return
 	}
 	m.confirming = false
 	err := c.err
-	if err == nil && (!m.leading || c.term != m.term) {
+	if errors.Is(err, ErrNotLeader) {
 		err = &NotLeaderError{Hint: m.hint}
 	}
 	asked := m.asked
@@ -686,6 +800,8 @@ type drain struct{}
 
 func (drain) take(m *Manager) {
 	m.draining = true
+	// The parked calls' own leases stay without a deadline: until the end
+	// nobody but a restarted server, with full TTLs, is to end them.
 	for _, c := range m.parked {
 		if c.wait.armed() {
 			m.wheel.disarm(&c.wait)

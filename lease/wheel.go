@@ -1,6 +1,9 @@
 package lease
 
-import "time"
+import (
+	"math/bits"
+	"time"
+)
 
 // tick is the resolution of the wheel: a timer fires at most one tick late,
 // and never early.
@@ -12,13 +15,27 @@ const (
 	levels   = 4 // 256^4 ticks of 5 ms: 248 days
 )
 
+// never is the deadline of what has none. It leaves room to add a tick.
+const never time.Duration = 1 << 62
+
+// later returns t+d, or never when that is out of reach.
+func later(t, d time.Duration) time.Duration {
+	if d >= never-t {
+		return never
+	}
+	return t + d
+}
+
 // timer is an entry of the wheel. Moving its deadline later is a store to the
-// field: the wheel finds out when the old time comes, and arms it anew.
+// field: the wheel finds out when the old time comes, and arms it anew. There
+// is one per lease, so its fields are packed.
 type timer struct {
 	next, prev *timer // nil while not armed
 	deadline   time.Duration
-	kind       timerKind
 	id         uint64
+	kind       timerKind
+	level      uint8 // of the wheel, while armed
+	expiring   bool  // of a lease: its expiry is proposed, renewals are refused
 }
 
 type timerKind uint8
@@ -76,7 +93,7 @@ func (w *wheel) enter(t *timer, at uint64) {
 	head.prev.next, head.prev = t, t
 	w.count[level]++
 	w.used[level][slot/64] |= 1 << (slot % 64)
-	t.kind = t.kind&0x0f | timerKind(level)<<4
+	t.level = uint8(level)
 }
 
 // disarm takes t out; it is a no-op for one that is not armed.
@@ -86,12 +103,12 @@ func (w *wheel) disarm(t *timer) {
 	}
 	t.prev.next, t.next.prev = t.next, t.prev
 	t.next, t.prev = nil, nil
-	w.count[t.kind>>4]--
-	t.kind &= 0x0f
+	w.count[t.level]--
 }
 
 // advance moves the wheel to now and calls fire for every timer that is due;
-// one whose deadline was moved meanwhile is armed anew. fire may arm timers.
+// one whose deadline was moved meanwhile is armed anew. fire may arm timers,
+// but not disarm any: those of the slot that is being emptied hang loose.
 func (w *wheel) advance(now time.Duration, fire func(*timer)) {
 	target := uint64(now / tick)
 	for w.now < target {
@@ -135,7 +152,6 @@ func (w *wheel) drain(level int, slot uint64, fn func(*timer)) {
 		next := t.next
 		t.next, t.prev = nil, nil
 		w.count[level]--
-		t.kind &= 0x0f
 		fn(t)
 		t = next
 	}
@@ -151,31 +167,30 @@ func (w *wheel) idle() bool {
 }
 
 // next returns the time of the next slot that may have something to do, and
-// false when no timer is armed.
+// false when no timer is armed. A slot whose timers were all disarmed counts.
 func (w *wheel) next() (time.Duration, bool) {
 	if w.idle() {
 		return 0, false
 	}
-	wrap := w.now - w.now%slots + slots // where the upper levels move down
-	if w.count[0] == 0 {
-		return time.Duration(wrap) * tick, true
-	}
-	for at := w.now + 1; at < w.now+slots; at++ {
-		if s := at % slots; w.used[0][s/64]&(1<<(s%64)) != 0 {
-			if w.upper() {
-				at = min(at, wrap)
-			}
-			return time.Duration(at) * tick, true
+	at := w.now - w.now%slots + slots // where the upper levels move down
+	if w.count[0] > 0 {
+		if soon := w.nextUsed(); !w.upper() || soon < at {
+			at = soon
 		}
 	}
-	return time.Duration(wrap) * tick, true
+	return time.Duration(at) * tick, true
 }
 
-func (w *wheel) upper() bool {
-	for _, n := range w.count[1:] {
-		if n > 0 {
-			return true
+// nextUsed returns the tick of the first used slot of level 0 after now.
+func (w *wheel) nextUsed() uint64 {
+	for at := w.now + 1; at < w.now+slots; {
+		s := at % slots
+		if word := w.used[0][s/64] >> (s % 64); word != 0 {
+			return at + uint64(bits.TrailingZeros64(word))
 		}
+		at += 64 - s%64
 	}
-	return false
+	return w.now + slots
 }
+
+func (w *wheel) upper() bool { return w.count[1]+w.count[2]+w.count[3] > 0 }

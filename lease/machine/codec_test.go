@@ -1,0 +1,196 @@
+package machine
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"reflect"
+	"testing"
+
+	"github.com/distlock/distlock/fence"
+)
+
+// every has one of each command, every field set.
+var every = []Command{
+	&GrantLease{Request: 1, TTL: 2, Owner: "o", Metadata: []Meta{{"k", "v"}}},
+	&RevokeLease{Lease: 1 << 60, By: "b"},
+	&ExpireLeases{Leases: []LeaseID{1, 2, 1 << 52}, Term: 9},
+	&Acquire{
+		Lease: 3, Request: 4, LowestOpen: 2, Names: []string{"a", "b\x00c"}, Mode: Shared, Limit: 1<<32 - 1, Wait: true,
+		LockDelay: 5, Actor: "x", Metadata: []Meta{{"", "v"}, {"k", ""}}, TTL: 6, Owner: "o", Declared: true,
+	},
+	&Abandon{Lease: 1, Request: 1 << 63},
+	&Release{Lease: 1, Name: "a", Token: fence.MaxToken},
+	&ForceRelease{Name: "a", Token: 2, By: "b"},
+	&EndDelay{Name: "a", Delay: 3},
+	&Declare{Name: "a"}, &Undeclare{Name: "a"}, &ReleaseClock{Name: "a", Clock: 1<<64 - 1}, &Forget{Through: 7},
+}
+
+func TestCodecRoundTrip(t *testing.T) {
+	for _, c := range every {
+		v := reflect.ValueOf(c).Elem()
+		for i := range v.NumField() {
+			if v.Field(i).IsZero() {
+				t.Errorf("%T.%s is not set: the test does not cover it", c, v.Type().Field(i).Name)
+			}
+		}
+	}
+	want := Batch{Stamp: -5, Commands: every}
+	b := AppendBatch([]byte("before"), &want)[len("before"):]
+	got, err := DecodeBatch(b)
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	for i := range b {
+		if _, err := DecodeBatch(b[:i]); !errors.Is(err, ErrCorrupt) {
+			t.Fatalf("the first %d bytes: %v", i, err)
+		}
+	}
+	if _, err := DecodeBatch(append(b, 0)); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("a byte more: %v", err)
+	}
+	b[0]++
+	if _, err := DecodeBatch(b); !errors.Is(err, ErrUnknownCommand) {
+		t.Errorf("another version: %v", err)
+	}
+	if _, err := DecodeBatch([]byte{batchVersion, 0, 1, 99}); !errors.Is(err, ErrUnknownCommand) {
+		t.Errorf("another command: %v", err)
+	}
+}
+
+// full is a machine with something in every table and every field.
+func full(t testing.TB) *Machine {
+	m := New(0)
+	m.Apply(Batch{Stamp: 1, Term: 1, Commands: []Command{
+		&GrantLease{Request: 50, TTL: 9, Owner: "o", Metadata: []Meta{{"k", "v"}}},
+		&Acquire{Lease: 1, Request: 2, LowestOpen: 2, Names: []string{"f"}, Mode: Exclusive},
+		&ForceRelease{Name: "f", By: "ops"},
+		&Acquire{Lease: 1, Request: 3, LowestOpen: 2, Names: []string{"a", "b"}, Mode: Shared, Limit: 2, LockDelay: 4, Actor: "x", Metadata: []Meta{{"k", "v"}}},
+		&Acquire{Request: 51, Names: []string{"a"}, Mode: Shared, Limit: 2, TTL: 5},
+		&Acquire{Request: 52, Names: []string{"a"}, Mode: Exclusive, TTL: 5, Wait: true, Actor: "y"},
+		&Declare{Name: "d"},
+		&Acquire{Request: 53, Names: []string{"d"}, Mode: Exclusive, TTL: 5},
+		&Acquire{Request: 54, Names: []string{"z"}, Mode: Exclusive, TTL: 5, LockDelay: 8},
+		&RevokeLease{Lease: 5, By: "ops"},
+	}})
+	if c := m.Counts(); c.Leases < 4 || c.Waiters != 1 || c.Remembered < 2 || m.memory.traces.Len() != 2 || m.actors.Len() != 1 {
+		t.Fatalf("%+v", c)
+	}
+	return m
+}
+
+func TestSnapshotRoundTrip(t *testing.T) {
+	m := full(t)
+	b := snapshotOf(t, m)
+	back := restored(t, b)
+	if !bytes.Equal(snapshotOf(t, back), b) || show(back) != show(m) {
+		t.Fatalf("\n%s\nis not\n%s", show(back), show(m))
+	}
+	for i := range b {
+		if _, err := Restore(bytes.NewReader(b[:i]).Read); err == nil {
+			t.Fatalf("the first %d of %d bytes were taken for a snapshot", i, len(b))
+		}
+	}
+	// It reads no byte past its end.
+	r := bytes.NewReader(append(bytes.Clone(b), "more"...))
+	if _, err := Restore(r.Read); err != nil || r.Len() != 4 {
+		t.Errorf("%v, %d bytes left", err, r.Len())
+	}
+	b[0]++
+	if _, err := Restore(bytes.NewReader(b).Read); !errors.Is(err, ErrUnknownCommand) {
+		t.Errorf("another version: %v", err)
+	}
+}
+
+func FuzzDecodeBatch(f *testing.F) {
+	for _, c := range every {
+		f.Add(AppendBatch(nil, &Batch{Stamp: 1, Commands: []Command{c}}))
+	}
+	f.Add(AppendBatch(nil, &Batch{Stamp: 1, Commands: every}))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		batch, err := DecodeBatch(b)
+		if err != nil {
+			if !errors.Is(err, ErrCorrupt) && !errors.Is(err, ErrUnknownCommand) {
+				t.Fatalf("untyped error %v", err)
+			}
+			return
+		}
+		again, err := DecodeBatch(AppendBatch(nil, &batch))
+		if err != nil || !reflect.DeepEqual(again, batch) {
+			t.Fatalf("%+v came back as %+v, %v", batch, again, err)
+		}
+		// Whatever was decoded can be applied, and leaves a state that is sound.
+		m := full(t)
+		m.Apply(batch)
+		restored(t, snapshotOf(t, m))
+	})
+}
+
+func FuzzRestore(f *testing.F) {
+	f.Add(snapshotOf(f, full(f)))
+	f.Add(snapshotOf(f, New(1<<50)))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		m, err := Restore(bytes.NewReader(b).Read)
+		if err != nil {
+			return
+		}
+		once := snapshotOf(t, m)
+		if !bytes.Equal(snapshotOf(t, restored(t, once)), once) {
+			t.Fatal("a restored snapshot does not restore to itself")
+		}
+		// Whatever was restored can be worked with.
+		m.Apply(Batch{Term: 1, Commands: every})
+		show(m)
+	})
+}
+
+func TestMemoryIsBounded(t *testing.T) {
+	m := New(0)
+	for i := range MaxRemembered + 100 {
+		m.Apply(Batch{Commands: []Command{&Abandon{Request: RequestID(i + 1)}}})
+	}
+	if n := m.Counts().Remembered; n != MaxRemembered {
+		t.Fatalf("%d remembered", n)
+	}
+	if m.memory.request(100) != nil || m.memory.request(101) == nil {
+		t.Error("it is not the oldest that were dropped")
+	}
+}
+
+func TestTokensEndBelowTwoToThe53(t *testing.T) {
+	m := New(uint64(fence.MaxToken) - 1)
+	out := m.Apply(Batch{Commands: []Command{
+		&Acquire{Request: 1, Names: []string{"a"}, Mode: Exclusive, TTL: 1},
+		&Acquire{Request: 2, Names: []string{"b"}, Mode: Exclusive, TTL: 1},
+		&Acquire{Request: 3, Names: []string{"a"}, Mode: Exclusive, TTL: 1, Wait: true},
+		&Release{Name: "a", Token: fence.MaxToken},
+	}})
+	if g := out.Results[0].Grant; g == nil || g.Token != fence.MaxToken {
+		t.Fatalf("%+v", out.Results[0])
+	}
+	if r := out.Results[1].Refusal; r == nil || r.Reason != ReasonTokensExhausted {
+		t.Fatalf("%+v", out.Results[1])
+	}
+	if k, _ := m.Lock("a"); len(k.Waiters) != 1 {
+		t.Fatalf("%+v", k)
+	}
+}
+
+func BenchmarkAcquireRelease(b *testing.B) {
+	for _, locks := range []int{1_000, 100_000, 1_000_000} {
+		b.Run(fmt.Sprint(locks), func(b *testing.B) {
+			m := New(0)
+			for i := range locks {
+				m.Apply(Batch{Commands: []Command{&Acquire{Request: RequestID(i + 1), Names: []string{fmt.Sprintf("lock/%d", i)}, Mode: Exclusive, TTL: 1}}})
+			}
+			b.ReportAllocs()
+			req := RequestID(locks)
+			names := []string{"mine"}
+			for b.Loop() {
+				req++
+				out := m.Apply(Batch{Commands: []Command{&Acquire{Request: req, Names: names, Mode: Exclusive, TTL: 1}}})
+				m.Apply(Batch{Commands: []Command{&Release{Name: "mine", Token: out.Results[0].Grant.Token}}})
+			}
+		})
+	}
+}
