@@ -26,7 +26,7 @@ type call struct {
 	explain  Explanation
 	answered bool
 	givingUp bool // its Abandon is in the log: a grant that comes first is undone
-	replaced bool // a repeat has taken its place
+	granted  bool // it was answered with what it asked for
 
 	giveUpOf *call // this is the Abandon of a wait that reached its bound
 	room     room  // that it has reserved
@@ -189,7 +189,6 @@ func (m *Manager) renewMade(id ID) {
 func (m *Manager) park(c *call) {
 	if old := m.parked[c.key]; old != nil {
 		m.unpark(old)
-		old.replaced = true
 		old.answer(machine.Result{}, ErrSuperseded)
 	}
 	m.parked[c.key] = c
@@ -208,7 +207,7 @@ func (c *call) answer(r machine.Result, err error) {
 	if c.answered {
 		return
 	}
-	c.answered = true
+	c.answered, c.granted = true, err == nil
 	if c.done != nil {
 		c.done <- outcome{r, c.explain, err}
 	}
@@ -222,13 +221,13 @@ type leave struct {
 
 func (l *leave) take(m *Manager) {
 	c := l.call
-	if m.refuses() != nil || m.draining || c.replaced {
-		return
+	if m.refuses() != nil || m.draining || c.answered && !c.granted {
+		return // above all: a repeat may have taken its place
 	}
 	if m.parked[c.key] == c {
 		m.unpark(c)
-		if l.keep && c.key.lease == 0 {
-			m.armLease(c.leaseID, m.leases[c.leaseID].ttl, m.now())
+		if t := m.leases[c.leaseID]; t != nil && l.keep && c.key.lease == 0 {
+			m.armLease(c.leaseID, t.ttl, m.now())
 		}
 	}
 	c.answered = true
@@ -353,8 +352,10 @@ func (m *Manager) remaining(id ID) time.Duration {
 	return max(t.deadline-m.now(), 0)
 }
 
-// Leases lists leases in order of id, from the one after after.
+// Leases lists at most limit leases (at least 1) in order of id, from the one
+// after after; more tells that there are others behind.
 func (m *Manager) Leases(ctx context.Context, after ID, limit int) (list []LeaseInfo, more bool, err error) {
+	limit = max(limit, 1)
 	if err := m.linearize(ctx, nil); err != nil {
 		return nil, false, err
 	}
@@ -496,9 +497,11 @@ func (m *Manager) Lock(ctx context.Context, lock string) (LockInfo, uint64, erro
 	return info, revision, err
 }
 
-// Locks lists the locks whose names begin with prefix and come after after,
-// in order of name, with the revision of the answer.
+// Locks lists at most limit locks (at least 1) whose names begin with prefix
+// and come after after, in order of name, with the revision of the answer;
+// more tells that there are others behind.
 func (m *Manager) Locks(ctx context.Context, prefix, after string, limit int) (list []LockInfo, more bool, revision uint64, err error) {
+	limit = max(limit, 1)
 	if err := m.linearize(ctx, nil); err != nil {
 		return nil, false, 0, err
 	}
