@@ -143,6 +143,7 @@ func (s *Server) Serve(l net.Listener) error { return s.grpc.Serve(markedListene
 // finish for as long as ctx allows, then cuts them. No handler runs any more
 // when it returns.
 func (s *Server) Stop(ctx context.Context) {
+	s.health.Shutdown()
 	s.stop()
 	done := make(chan struct{})
 	go func() {
