@@ -40,10 +40,12 @@ func NewMemoryLog(store *Store) *MemoryLog {
 
 func (l *MemoryLog) run() {
 	defer close(l.stopped)
+	var queue []proposal
 	for range l.wake {
+		clear(queue) // and its array is used again
 		l.mu.Lock()
-		queue, closed := l.queue, l.closed
-		l.queue = nil
+		queue, l.queue = l.queue, queue[:0]
+		closed := l.closed
 		l.mu.Unlock()
 		for _, p := range queue {
 			p.batch.Term = 1

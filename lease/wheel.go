@@ -116,6 +116,9 @@ func (w *wheel) advance(now time.Duration, fire func(*timer)) {
 			w.now = target
 			return
 		}
+		if w.count[0] == 0 { // nothing happens before upper levels move down
+			w.now = min(w.now|(slots-1), target-1)
+		}
 		w.now++
 		// A level's slot begins when all lower levels wrap.
 		for level := 1; level < levels && w.now%(1<<(slotBits*level)) == 0; level++ {
