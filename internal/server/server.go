@@ -99,6 +99,10 @@ func (s *Server) listen() error {
 	case errors.Is(err, syscall.EADDRINUSE):
 		return fmt.Errorf("%s is in use: another server listens there; choose another with --port", address)
 	case err != nil:
+		var op *net.OpError
+		if errors.As(err, &op) { // what it repeats is left out
+			err = op.Err
+		}
 		return fmt.Errorf("cannot listen on %s: %w", address, err)
 	}
 	s.listener = l
