@@ -189,7 +189,7 @@ func (r *Replica) identify() error {
 	if err == nil {
 		var id identity
 		if err := json.Unmarshal(text, &id); err != nil || id.ClusterID == "" || id.NodeID == "" {
-			return &CorruptError{File: file, Err: errors.Join(err, machine.ErrCorrupt)}
+			return &CorruptError{File: file, Err: machine.ErrCorrupt}
 		}
 		r.clusterID, r.nodeID = id.ClusterID, id.NodeID
 		return nil
