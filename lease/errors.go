@@ -78,7 +78,7 @@ type WaitTimeoutError struct {
 }
 
 func (e *WaitTimeoutError) Error() string {
-	return fmt.Sprintf("not acquired within %v", e.Waited)
+	return fmt.Sprintf("not acquired within %v", e.Waited.Round(time.Millisecond))
 }
 
 // RangeError says that a watch asked for events that are no longer kept, or
