@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -162,6 +163,10 @@ func toError(err error) *Error {
 	}
 	s, _ := status.FromError(err)
 	e = &Error{Code: s.Code(), Message: s.Message()}
+	if e.Code == codes.Internal && strings.Contains(e.Message, "error while marshaling") {
+		// It never left: protobuf takes no other text.
+		return &Error{Reason: "INVALID_ARGUMENT", Code: codes.InvalidArgument, Message: "a name or other text of the request is not valid UTF-8"}
+	}
 	for _, d := range s.Details() {
 		switch d := d.(type) {
 		case *errdetails.ErrorInfo:

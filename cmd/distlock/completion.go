@@ -44,8 +44,8 @@ func completionScript(root *cobra.Command, shell string) ([]byte, error) {
 
 // installFlags adds the flags that the Python tool had for its completion.
 func installFlags(root *cobra.Command) {
-	root.Flags().Bool("install-completion", false, "install completion for the shell that runs this")
-	root.Flags().Bool("show-completion", false, "print that shell's completion script")
+	root.Flags().Bool("install-completion", false, "install completion for this shell")
+	root.Flags().Bool("show-completion", false, "print its completion script")
 }
 
 // completionFlags does what those flags say; done tells that one was given.

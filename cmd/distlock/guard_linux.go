@@ -83,10 +83,15 @@ func (g *guard) start(lock *client.Lock, argv []string) error {
 	return nil
 }
 
+// cause leaves out what the message says already.
 func cause(err error) error {
 	var e *exec.Error
 	if errors.As(err, &e) {
-		return e.Err
+		err = e.Err
+	}
+	var path *os.PathError
+	if errors.As(err, &path) {
+		return path.Err
 	}
 	return err
 }
@@ -135,8 +140,9 @@ func runGuard(args []string) int {
 	// The command's death signal is tied to the thread that starts it, which
 	// must live as long as the process.
 	runtime.LockOSThread()
-	signal.Ignore(forwarded...)
-	signal.Ignore(syscall.SIGPIPE)
+	// Caught, and not acted on: the parent passes signals on. Ignored ones
+	// would be ignored by the command too.
+	signal.Notify(make(chan os.Signal, 1), append(forwarded, syscall.SIGPIPE)...)
 	// What the command's group leaves behind becomes our child, to be reaped.
 	unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 	from, to := os.NewFile(3, "from"), os.NewFile(4, "to")
@@ -168,18 +174,8 @@ func runGuard(args []string) int {
 	}
 	cmd := &exec.Cmd{Path: args[1], Args: args[2:], Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	// The signals that this process ignores must not be ignored by the command.
-	signal.Reset(forwarded...)
-	signal.Reset(syscall.SIGPIPE)
-	err = cmd.Start()
-	absorb := make(chan os.Signal, 1)
-	signal.Notify(absorb, append(forwarded, syscall.SIGPIPE)...)
-	if err != nil {
-		var path *os.PathError
-		if errors.As(err, &path) {
-			err = path.Err
-		}
-		fmt.Fprintf(to, "error %v\n", err)
+	if err := cmd.Start(); err != nil {
+		fmt.Fprintf(to, "error %v\n", cause(err))
 		return 0
 	}
 	code, killed := w.watch(cmd.Process.Pid)
