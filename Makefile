@@ -1,12 +1,13 @@
 # make help lists the targets.
 GO            ?= go
-STATICCHECK   := honnef.co/go/tools/cmd/staticcheck@0.8.2
+STATICCHECK   := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 BUF           := github.com/bufbuild/buf/cmd/buf@v1.75.0
 PROTOC_GEN_GO := google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12
 PROTOC_GRPC   := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 TOOLS         := $(CURDIR)/.tools
 FUZZTIME      ?= 60s
 LEASES        ?= 100000
+SEQUENCES     ?= 100000
 
 .PHONY: help
 help: ## list the targets
@@ -41,6 +42,10 @@ generate: ## generate the code of the protocols
 .PHONY: check-generated
 check-generated: generate ## fail when the generated code is not up to date
 	@test -z "$$(git status --porcelain proto)" || { git --no-pager diff proto; echo "run 'make generate' and commit"; exit 1; }
+
+.PHONY: oracle
+oracle: ## run SEQUENCES random sequences against the machine and its oracle
+	$(GO) test -run TestOracle -rapid.checks $(SEQUENCES) ./lease/machine
 
 .PHONY: fuzz
 fuzz: ## fuzz every decoder and validator for FUZZTIME each
