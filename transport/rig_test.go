@@ -11,7 +11,6 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/distlock/distlock/lease"
-	original "github.com/distlock/distlock/proto/distlock"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
 
@@ -26,7 +25,6 @@ type manager struct {
 	lease   func(lease.ID) (lease.LeaseInfo, error)
 	locks   func(ctx context.Context, after string, limit int) ([]lease.LockInfo, bool, error)
 	keep    func([]lease.ID) ([]lease.KeepAlive, error)
-	declare func(name string) error
 }
 
 func (m *manager) Acquire(ctx context.Context, r lease.AcquireRequest) (lease.Grant, error) {
@@ -52,8 +50,6 @@ func (m *manager) KeepAlive(_ context.Context, ids []lease.ID) ([]lease.KeepAliv
 	return m.keep(ids)
 }
 
-func (m *manager) Declare(_ context.Context, name string) error { return m.declare(name) }
-
 func (m *manager) Status() lease.Status { return lease.Status{Leader: true, Term: 3} }
 
 // rig is a served Server and a connection to it.
@@ -63,9 +59,8 @@ type rig struct {
 	conn    *grpc.ClientConn
 }
 
-func (r *rig) locks() pb.LockServiceClient       { return pb.NewLockServiceClient(r.conn) }
-func (r *rig) leases() pb.LeaseServiceClient     { return pb.NewLeaseServiceClient(r.conn) }
-func (r *rig) original() original.DistlockClient { return original.NewDistlockClient(r.conn) }
+func (r *rig) locks() pb.LockServiceClient   { return pb.NewLockServiceClient(r.conn) }
+func (r *rig) leases() pb.LeaseServiceClient { return pb.NewLeaseServiceClient(r.conn) }
 
 func serve(t *testing.T, cfg Config) *rig {
 	t.Helper()

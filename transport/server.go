@@ -100,8 +100,8 @@ func NewServer(cfg Config) *Server {
 			grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto"), cfg.MaxMessageBytes}),
 			grpc.MaxRecvMsgSize(4*cfg.MaxMessageBytes),
 			grpc.WaitForHandlers(true),
-			grpc.SharedWriteBuffer(true), // an idle connection keeps none
 			grpc.MaxConcurrentStreams(cfg.MaxStreams),
+			grpc.ReadBufferSize(8<<10), // kept by idle connections too
 			grpc.MaxHeaderListSize(16<<10),
 			grpc.ConnectionTimeout(20*time.Second),
 			grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
