@@ -83,6 +83,7 @@ type Watcher struct {
 	store  *Store
 	prefix string
 	next   uint64
+	told   uint64 // the last revision that Next returned
 }
 
 // Watch returns a watcher of the locks whose names begin with prefix, from
@@ -96,19 +97,26 @@ func (s *Store) Watch(prefix string, from uint64) (*Watcher, error) {
 	case from < s.oldest || from > s.machine.Revision()+1:
 		return nil, &RangeError{Asked: from, Oldest: s.oldest}
 	}
-	return &Watcher{store: s, prefix: prefix, next: from}, nil
+	return &Watcher{store: s, prefix: prefix, next: from, told: from - 1}, nil
 }
 
-// maxScan bounds the events looked at, and so returned, by one Next.
-const maxScan = 1024
+const (
+	// maxScan bounds the events looked at, and so returned, by one Next.
+	maxScan = 1024
+	// maxSilent is how far a watcher gets without telling its caller: one of
+	// quiet locks must be able to resume while that is still in the ring.
+	maxSilent = ringSize / 4
+)
 
 // Next waits for events and returns them, with the revision up to which the
-// watcher is complete. Errors: ctx's, *RangeError.
+// watcher is complete. It returns none when that has risen far without any.
+// Errors: ctx's, *RangeError.
 func (w *Watcher) Next(ctx context.Context) ([]Event, uint64, error) {
 	for {
 		events, changed, err := w.scan()
-		if err != nil || len(events) > 0 {
-			return events, w.next - 1, err
+		if err != nil || len(events) > 0 || w.next-w.told > maxSilent {
+			w.told = w.next - 1
+			return events, w.told, err
 		}
 		if changed == nil { // not at the end yet
 			if err := ctx.Err(); err != nil {

@@ -3,6 +3,7 @@ package transport
 import (
 	"context"
 	"errors"
+	"strconv"
 	"strings"
 	"time"
 
@@ -74,8 +75,12 @@ func toStatus(err error) error {
 	reason, problem := describe(err)
 	info := &errdetails.ErrorInfo{Reason: reason, Domain: Domain}
 	var notLeader *lease.NotLeaderError
-	if errors.As(err, &notLeader) && notLeader.Hint != "" {
+	var outside *lease.RangeError
+	switch {
+	case errors.As(err, &notLeader) && notLeader.Hint != "":
 		info.Metadata = map[string]string{"leader": notLeader.Hint}
+	case errors.As(err, &outside):
+		info.Metadata = map[string]string{"oldest": strconv.FormatUint(outside.Oldest, 10)}
 	}
 	details := []protoadapt.MessageV1{info}
 	if problem != nil {

@@ -94,6 +94,10 @@ func TestEveryErrorHasItsCodeAndReason(t *testing.T) {
 	if leader != "10.0.0.2:50051" {
 		t.Errorf("the hint to the leader is %q", leader)
 	}
+	oldest := infoOf(status.Convert(toStatus(&lease.RangeError{Asked: 1, Oldest: 5}))).GetMetadata()["oldest"]
+	if oldest != "5" {
+		t.Errorf("the oldest event kept is %q", oldest)
+	}
 }
 
 // TestEveryReasonOfTheMachineHasARow reads the machine's source, so that a

@@ -615,6 +615,57 @@ func TestWatch(t *testing.T) {
 	refused(t, err, codes.OutOfRange, "OUT_OF_RANGE")
 }
 
+// TestAQuietWatchCanResume: it is told how far the store has come, so that a
+// break after many events of other locks does not cost it its place.
+func TestAQuietWatchCanResume(t *testing.T) {
+	r := start(t)
+	ctx := soon(t)
+	stream, err := r.locks().Watch(ctx, &pb.WatchRequest{Prefix: "quiet/"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	var group errgroup
+	for n := range 32 {
+		group.run(func() error {
+			name := fmt.Sprint("busy/", n)
+			for range 20_000 / 4 / 32 { // four events each; the ring keeps 16,384
+				resp, err := r.locks().Acquire(ctx, &pb.AcquireRequest{Names: []string{name}, Ttl: span(time.Hour)})
+				if err != nil {
+					return err
+				}
+				if _, err := r.locks().Release(ctx, &pb.ReleaseRequest{Name: name, Token: resp.GetGrant().GetToken()}); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	if err := group.wait(); err != nil {
+		t.Fatal(err)
+	}
+	store, err := r.cluster().Status(ctx, &pb.StatusRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var at uint64
+	for at+16_384/2 < store.GetRevision() {
+		resp, err := stream.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(resp.GetEvents()) > 0 || resp.GetRevision() <= at {
+			t.Fatalf("after revision %d: %v", at, resp)
+		}
+		at = resp.GetRevision()
+	}
+	resumed := r.watch("quiet/", at+1)
+	r.acquire("quiet/a", time.Hour)
+	resumed.expect(pb.Event_KIND_GRANTED)
+}
+
 // TestASlowWatcherHoldsUpNobody: it costs a position, and when it has fallen
 // too far behind it is told so.
 func TestASlowWatcherHoldsUpNobody(t *testing.T) {
