@@ -203,6 +203,31 @@ func TestDocs(t *testing.T) {
 	}
 }
 
+// TestFlagsAreDocumented: docs/operations.md has every flag of the server.
+func TestFlagsAreDocumented(t *testing.T) {
+	help, err := exec.Command(filepath.Join(binaries, "distlock"), "serve", "--help").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(filepath.Join(repository, "docs", "operations.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	flags := regexp.MustCompile(`(?m)^\s+(?:-\w, )?--([a-z-]+)`).FindAllStringSubmatch(string(help), -1)
+	for _, f := range flags {
+		switch name := f[1]; name {
+		case "help", "version", "no-version", "install-completion", "show-completion":
+		default:
+			if !strings.Contains(string(text), "`--"+name+"`") {
+				t.Errorf("docs/operations.md does not speak of --%s", name)
+			}
+		}
+	}
+	if len(flags) < 10 {
+		t.Errorf("serve --help shows %d flags only:\n%s", len(flags), help)
+	}
+}
+
 // compile builds a Go program shown in the docs.
 func compile(t *testing.T, b block) {
 	text := strings.Join(b.text, "\n")
