@@ -9,6 +9,7 @@ import (
 	"go/parser"
 	"go/token"
 	"maps"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -126,6 +127,54 @@ func TestEveryReasonOfTheMachineHasARow(t *testing.T) {
 	if found < 13 {
 		t.Errorf("found %d reasons in the machine's source", found)
 	}
+}
+
+// TestTheDocumentedTableIsTheTable of reasons and codes, in both directions.
+func TestTheDocumentedTableIsTheTable(t *testing.T) {
+	text, err := os.ReadFile("../docs/api.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(text), "| reason | code | meaning |")
+	section, _, _ = strings.Cut(section, "\n\n")
+	unseen := maps.Clone(codeOf)
+	for line := range strings.Lines(section) {
+		columns := strings.Split(line, "|")
+		if len(columns) < 4 || strings.HasPrefix(columns[1], "---") {
+			continue
+		}
+		for reason := range strings.SplitSeq(columns[1], ",") {
+			reason = strings.Trim(reason, " `")
+			code, ok := codeOf[reason]
+			if !ok {
+				t.Errorf("there is no reason %s", reason)
+				continue
+			}
+			delete(unseen, reason)
+			documented := strings.TrimSpace(columns[2])
+			if documented == "the same" {
+				documented = reason
+			}
+			if documented != canonical(code) {
+				t.Errorf("%s is documented as %s and is %s", reason, documented, canonical(code))
+			}
+		}
+	}
+	for reason := range unseen {
+		t.Errorf("%s is not documented", reason)
+	}
+}
+
+// canonical is a code's name as the API writes it: NOT_FOUND.
+func canonical(c codes.Code) string {
+	var b strings.Builder
+	for i, r := range c.String() {
+		if i > 0 && r >= 'A' && r <= 'Z' {
+			b.WriteByte('_')
+		}
+		b.WriteRune(r)
+	}
+	return strings.ToUpper(b.String())
 }
 
 func infoOf(s *status.Status) *errdetails.ErrorInfo {

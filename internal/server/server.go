@@ -71,8 +71,8 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Clock == nil {
 		cfg.Clock = clockwork.NewRealClock()
 	}
-	if b := cfg.Bounds; b.MinTTL < 0 || b.MaxTTL < 0 || (b.MinTTL > 0 && b.MaxTTL > 0 && b.MinTTL > b.MaxTTL) {
-		return nil, fmt.Errorf("the TTL bounds are the wrong way round: %v to %v", b.MinTTL, b.MaxTTL)
+	if err := cfg.validate(); err != nil {
+		return nil, err
 	}
 	s := &Server{cfg: cfg, listener: cfg.Listener, started: cfg.Clock.Now()}
 	if err := s.listen(); err != nil {
@@ -85,6 +85,25 @@ func New(cfg Config) (*Server, error) {
 	return s, nil
 }
 
+func (c *Config) validate() error {
+	b := c.Bounds
+	switch {
+	case c.Port < 0 || c.Port > 65535:
+		return fmt.Errorf("the port must be from 0 to 65535, and is %d", c.Port)
+	case c.MaxWorkers < 0:
+		return fmt.Errorf("the number of workers must not be negative, and is %d", c.MaxWorkers)
+	case c.MaxMessageBytes < 0 || c.MaxMessageBytes > 64<<20:
+		return fmt.Errorf("the size of a request must be at most 64 MiB, and is %d bytes", c.MaxMessageBytes)
+	case c.DrainTimeout < 0:
+		return fmt.Errorf("the time to drain must not be negative, and is %v", c.DrainTimeout)
+	case b.MinTTL < 0 || b.MaxTTL < 0 || b.MinTTL > 0 && b.MaxTTL > 0 && b.MinTTL > b.MaxTTL:
+		return fmt.Errorf("the TTL bounds are the wrong way round: %v to %v", b.MinTTL, b.MaxTTL)
+	case b.MaxLockDelay < 0 || b.MaxNamesPerCall < 0 || b.MaxLeases < 0 || b.MaxLocks < 0 || b.MaxWaiters < 0:
+		return errors.New("a bound must not be negative")
+	}
+	return nil
+}
+
 func (s *Server) listen() error {
 	if s.listener != nil {
 		return nil
@@ -94,7 +113,10 @@ func (s *Server) listen() error {
 		host = host[1 : len(host)-1]
 	}
 	address := net.JoinHostPort(host, strconv.Itoa(s.cfg.Port))
-	l, err := net.Listen("tcp", address)
+	if host == "::" {
+		host = "" // the same, and also right where there is no IPv6
+	}
+	l, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(s.cfg.Port)))
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
 		return fmt.Errorf("%s is in use: another server listens there; choose another with --port", address)
