@@ -12,7 +12,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -23,6 +22,13 @@ import (
 var binary string
 
 func TestMain(m *testing.M) {
+	if os.Getenv(writerEnv) != "" {
+		if err := writer(os.Args[1], os.Args[2], os.Args[3]); err != nil {
+			fmt.Fprintln(os.Stderr, "writer:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	dir, err := os.MkdirTemp("", "distlock-e2e")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -147,20 +153,6 @@ func (s *server) signal(sig syscall.Signal) {
 func (s *server) kill() {
 	s.signal(syscall.SIGKILL)
 	<-s.exited
-}
-
-// distlock runs one command of the binary against the server.
-func (s *server) distlock(ctx context.Context, args ...string) (stdout, stderr string, code int) {
-	s.t.Helper()
-	cmd := s.command(ctx, args...)
-	var out, errs bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &errs
-	err := cmd.Run()
-	var exit *exec.ExitError
-	if err != nil && !errors.As(err, &exit) {
-		s.t.Fatalf("distlock %s: %v", strings.Join(args, " "), err)
-	}
-	return out.String(), errs.String(), cmd.ProcessState.ExitCode()
 }
 
 // command prepares a command of the binary that talks to the server.
