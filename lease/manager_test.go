@@ -37,12 +37,16 @@ func bubble(t *testing.T, fn func(t *testing.T, r *rig)) {
 }
 
 func start(t *testing.T, store *Store, log Log) *rig {
-	m, err := New(Config{Clock: clockwork.NewRealClock(), Log: log, Store: store})
+	return startWith(t, Config{Clock: clockwork.NewRealClock(), Log: log, Store: store})
+}
+
+func startWith(t *testing.T, cfg Config) *rig {
+	m, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	r := &rig{Manager: m, t: t, store: store, cancel: cancel, ended: make(chan error, 1), log: log}
+	r := &rig{Manager: m, t: t, store: cfg.Store, cancel: cancel, ended: make(chan error, 1), log: cfg.Log}
 	go func() { r.ended <- m.Run(ctx) }()
 	<-m.Ready()
 	return r

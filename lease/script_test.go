@@ -4,6 +4,7 @@ import (
 	"errors"
 	"sync"
 	"testing"
+	"testing/synctest"
 
 	"github.com/distlock/distlock/lease/machine"
 )
@@ -77,28 +78,37 @@ func (l *script) Err() error {
 
 func (l *script) Close() error { return nil }
 
+// What a test tells the log comes once everybody waits, and returns when
+// everybody waits again.
+
 // lead reports a gain.
 func (l *script) lead(term uint64) {
+	synctest.Wait()
 	l.mu.Lock()
 	l.term = term
 	l.mu.Unlock()
 	l.leadership <- Leadership{Leader: true, Term: term}
+	synctest.Wait()
 }
 
 // lose reports a loss.
 func (l *script) lose(hint string) {
+	synctest.Wait()
 	l.mu.Lock()
 	l.term = 0
 	l.mu.Unlock()
 	l.leadership <- Leadership{Hint: hint}
+	synctest.Wait()
 }
 
 // fail is a disk that is full.
 func (l *script) fail(err error) {
+	synctest.Wait()
 	l.mu.Lock()
 	l.err = err
 	l.mu.Unlock()
 	close(l.leadership)
+	synctest.Wait()
 }
 
 func (l *script) holding(batches, confirms bool) {
@@ -107,37 +117,45 @@ func (l *script) holding(batches, confirms bool) {
 	l.mu.Unlock()
 }
 
-// commit applies the oldest batch held and answers it.
-func (l *script) commit() {
+// take returns the oldest batch held.
+func (l *script) take() proposal {
+	synctest.Wait()
 	l.mu.Lock()
+	defer l.mu.Unlock()
 	p := l.batches[0]
 	l.batches = l.batches[1:]
 	p.batch.Term = l.term
-	l.mu.Unlock()
+	return p
+}
+
+// commit applies the oldest batch held and answers it.
+func (l *script) commit() {
+	p := l.take()
 	p.done(l.store.Apply(p.batch), nil)
+	synctest.Wait()
 }
 
 // drop answers the oldest batch held with err; applied tells whether it takes
 // effect all the same, in the term of its proposer.
 func (l *script) drop(term uint64, applied bool, err error) {
-	l.mu.Lock()
-	p := l.batches[0]
-	l.batches = l.batches[1:]
-	l.mu.Unlock()
+	p := l.take()
 	if applied {
 		p.batch.Term = term
 		l.store.Apply(p.batch)
 	}
 	p.done(machine.Outcome{}, err)
+	synctest.Wait()
 }
 
 // confirm answers the oldest confirmation held.
 func (l *script) confirm(err error) {
+	synctest.Wait()
 	l.mu.Lock()
 	done := l.confirms[0]
 	l.confirms = l.confirms[1:]
 	l.mu.Unlock()
 	done(err)
+	synctest.Wait()
 }
 
 func (l *script) held() (batches, confirms int) {
