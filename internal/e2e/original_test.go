@@ -4,7 +4,9 @@ package e2e
 
 import (
 	"bufio"
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -109,4 +111,18 @@ func answerOriginal(ctx context.Context, srv *server, c *client.Client, ask stri
 		return "ok", nil
 	}
 	return "", fmt.Errorf("unknown request %q", ask)
+}
+
+// distlock runs one command of the binary against the server.
+func (s *server) distlock(ctx context.Context, args ...string) (stdout, stderr string, code int) {
+	s.t.Helper()
+	cmd := s.command(ctx, args...)
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		s.t.Fatalf("distlock %s: %v", strings.Join(args, " "), err)
+	}
+	return out.String(), errs.String(), cmd.ProcessState.ExitCode()
 }
