@@ -143,6 +143,9 @@ func TestARepeatTakesThePlaceOfTheCallItRepeats(t *testing.T) {
 		// A caller that was replaced and learns it late does not undo the grant.
 		r.put(&leave{call: &call{key: waiter{0, 1}, answered: true}})
 		synctest.Wait()
+		if n := r.Status().Holds; n != 1 {
+			t.Fatalf("%d holds", n)
+		}
 		r.release(a.value)
 		r.empty()
 	})
@@ -231,6 +234,22 @@ func TestACancelMeetsTheGrantAnywhere(t *testing.T) {
 type onLoop func()
 
 func (fn onLoop) take(*Manager) { fn() }
+
+// gone is the context of a caller that has left, though nothing says so before
+// the answer is there.
+type gone struct{ context.Context }
+
+func (gone) Err() error { return context.Canceled }
+
+func TestAGrantThatNobodyHearsIsUndone(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		_, err := r.Acquire(gone{context.Background()}, AcquireRequest{Request: 1, Names: []string{"a"}, TTL: time.Hour})
+		if !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+		r.empty()
+	})
+}
 
 func TestAnAnonymousWaiterThatIsLostIsAbandoned(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {

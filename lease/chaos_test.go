@@ -83,7 +83,7 @@ func (l *chaotic) change() {
 // client counts, no two may hold one lock by their own count, tokens rise, and
 // in the end nothing and nobody is left waiting.
 func TestChaos(t *testing.T) {
-	rounds := 400
+	rounds := 100
 	if testing.Short() {
 		rounds = 3
 	}
