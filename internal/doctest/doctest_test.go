@@ -228,6 +228,51 @@ func TestFlagsAreDocumented(t *testing.T) {
 	}
 }
 
+// TestLinks: every link from one document of the repository to another leads
+// somewhere.
+func TestLinks(t *testing.T) {
+	link := regexp.MustCompile(`\]\(([^)#:]+)(?:#([^)]+))?\)`)
+	heading := regexp.MustCompile(`(?m)^#+ (.+)$`)
+	seen := 0
+	for _, pattern := range []string{"*.md", "docs/*.md", "docs/adr/*.md"} {
+		files, err := filepath.Glob(filepath.Join(repository, pattern))
+		if err != nil || len(files) == 0 {
+			t.Fatalf("%s: %v", pattern, err)
+		}
+		for _, file := range files {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, to := range link.FindAllStringSubmatch(string(text), -1) {
+				seen++
+				target := filepath.Join(filepath.Dir(file), to[1])
+				if _, err := os.Stat(target); err != nil {
+					t.Errorf("%s links to %s, which is not there", file, to[1])
+					continue
+				}
+				if to[2] == "" {
+					continue
+				}
+				page, err := os.ReadFile(target)
+				if err != nil {
+					t.Fatal(err)
+				}
+				found := false
+				for _, h := range heading.FindAllStringSubmatch(string(page), -1) {
+					found = found || strings.ReplaceAll(strings.ToLower(h[1]), " ", "-") == to[2]
+				}
+				if !found {
+					t.Errorf("%s links to %s#%s, and there is no such heading", file, to[1], to[2])
+				}
+			}
+		}
+	}
+	if seen < 10 {
+		t.Errorf("%d links seen only", seen)
+	}
+}
+
 // compile builds a Go program shown in the docs.
 func compile(t *testing.T, b block) {
 	text := strings.Join(b.text, "\n")
