@@ -14,7 +14,8 @@ type Log interface {
 	// applied; with ErrNotLeader when it certainly was not appended; with
 	// ErrOutcomeUnknown when leadership was lost or the log failed with the
 	// batch in flight. Batches of one proposer are applied in the order
-	// proposed. The log keeps no reference to batch after done.
+	// proposed. The log keeps no reference to batch.Commands after done: the
+	// array is used again.
 	Propose(batch machine.Batch, done func(machine.Outcome, error))
 
 	// Confirm calls done(nil) once it is certain that this node still led in
@@ -23,7 +24,8 @@ type Log interface {
 	Confirm(term uint64, done func(error))
 
 	// Leadership reports each change, the present state first. A leadership
-	// is reported only after everything before its term has been applied.
+	// is reported only after everything before its term has been applied. A
+	// loss may be left out when a leadership in another term has followed it.
 	// The channel is closed when the log is closed or has failed for good
 	// (Err says which).
 	Leadership() <-chan Leadership
