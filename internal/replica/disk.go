@@ -16,6 +16,10 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
 	wal "github.com/hashicorp/raft-wal"
+	"github.com/hashicorp/raft-wal/fs"
+	"github.com/hashicorp/raft-wal/metadb"
+	"github.com/hashicorp/raft-wal/segment"
+	"github.com/hashicorp/raft-wal/types"
 	"go.uber.org/zap"
 
 	"github.com/distlock/distlock/lease/machine"
@@ -77,7 +81,9 @@ func openWAL(cfg Config, logger hclog.Logger) (w *wal.WAL, err error) {
 			err = &CorruptError{File: filepath.Join(cfg.Dir, metaFile), Err: fmt.Errorf("%v", p)}
 		}
 	}()
-	w, err = wal.Open(cfg.Dir, wal.WithLogger(logger), wal.WithSegmentSize(cfg.SegmentSize))
+	if err = finishRotation(cfg); err == nil {
+		w, err = wal.Open(cfg.Dir, wal.WithLogger(logger), wal.WithSegmentSize(cfg.SegmentSize))
+	}
 	switch {
 	case err == nil:
 		return w, nil
@@ -85,6 +91,49 @@ func openWAL(cfg Config, logger hclog.Logger) (w *wal.WAL, err error) {
 		return nil, fmt.Errorf("data directory %s: cannot be written: %w", cfg.Dir, cause(err))
 	}
 	return nil, &CorruptError{File: filepath.Join(cfg.Dir, newestSegment(cfg.Dir)), Err: err}
+}
+
+// finishRotation completes the change from one segment to the next when the
+// process ended in the middle of it: after the write that sealed the segment,
+// and before the list of segments said so. raft-wal 0.4.2 opens such a log and
+// then refuses every write, for ever ("segment is sealed"). What is done here
+// is what it would have done next.
+func finishRotation(cfg Config) (err error) {
+	if len(segments(cfg.Dir)) == 0 {
+		return nil
+	}
+	meta := &metadb.BoltMetaDB{}
+	state, err := meta.Load(cfg.Dir)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, meta.Close()) }()
+	if len(state.Segments) == 0 {
+		return nil
+	}
+	tail := &state.Segments[len(state.Segments)-1]
+	if !tail.SealTime.IsZero() {
+		return nil
+	}
+	file, err := segment.NewFiler(cfg.Dir, fs.New()).RecoverTail(*tail)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil // raft-wal makes it
+	}
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	sealed, index, err := file.Sealed()
+	if err != nil || !sealed {
+		return err
+	}
+	tail.SealTime, tail.MaxIndex, tail.IndexStart = tail.CreateTime, file.LastIndex(), index
+	state.Segments = append(state.Segments, types.SegmentInfo{
+		ID: state.NextSegmentID, BaseIndex: tail.MaxIndex + 1, MinIndex: tail.MaxIndex + 1,
+		SizeLimit: uint32(cfg.SegmentSize), Codec: tail.Codec, CreateTime: tail.CreateTime,
+	})
+	state.NextSegmentID++
+	return meta.CommitState(state)
 }
 
 func (d *disk) close() error { return d.wal.Close() }

@@ -12,6 +12,9 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+	"github.com/hashicorp/raft-wal/fs"
+	"github.com/hashicorp/raft-wal/metadb"
+	"github.com/hashicorp/raft-wal/segment"
 	"go.uber.org/goleak"
 
 	"github.com/distlock/distlock/lease"
@@ -295,6 +298,60 @@ func TestDamagedSnapshotIsRefused(t *testing.T) {
 		var corrupt *CorruptError
 		if _, err := tryOpen(Config{Dir: damaged}); !errors.As(err, &corrupt) || !strings.Contains(err.Error(), file) {
 			t.Errorf("%s damaged: %v", file, err)
+		}
+	}
+}
+
+// TestKilledBetweenSealAndRotation: the process ends after the write that
+// sealed a segment and before the list of segments says so. raft-wal alone
+// would refuse every write from then on.
+func TestKilledBetweenSealAndRotation(t *testing.T) {
+	dir := t.TempDir()
+	history(t, dir, 20)
+	meta := &metadb.BoltMetaDB{}
+	state, err := meta.Load(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tail, err := segment.NewFiler(dir, fs.New()).RecoverTail(state.Segments[len(state.Segments)-1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tail.ForceSeal(); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(tail.Close(), meta.Close()); err != nil {
+		t.Fatal(err)
+	}
+	for n := 20; n < 22; n++ { // and again, from the new segment
+		store := lease.NewStore(0)
+		r := open(t, Config{Dir: dir, Store: store})
+		if got := locks(t, store); got != n {
+			t.Fatalf("%d locks, want %d", got, n)
+		}
+		acquire(t, r, n)
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestManySegments runs over many rotations and restarts.
+func TestManySegments(t *testing.T) {
+	dir := t.TempDir()
+	n := 0
+	for range 5 {
+		store := lease.NewStore(0)
+		r := open(t, Config{Dir: dir, Store: store, SegmentSize: 4096})
+		if got := locks(t, store); got != n {
+			t.Fatalf("%d locks, want %d", got, n)
+		}
+		for range 100 {
+			acquire(t, r, n)
+			n++
+		}
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
 		}
 	}
 }
