@@ -45,7 +45,7 @@ check-generated: generate ## fail when the generated code is not up to date
 
 .PHONY: oracle
 oracle: ## run SEQUENCES random sequences against the machine and its oracle
-	$(GO) test -run TestOracle -rapid.checks $(SEQUENCES) ./lease/machine
+	$(GO) test ./lease/machine -run TestOracle -rapid.checks=$(SEQUENCES)
 
 .PHONY: fuzz
 fuzz: ## fuzz every decoder and validator for FUZZTIME each
