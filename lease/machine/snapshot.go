@@ -4,6 +4,8 @@ import (
 	"encoding/binary"
 	"fmt"
 
+	"github.com/tidwall/btree"
+
 	"github.com/distlock/distlock/fence"
 )
 
@@ -53,6 +55,7 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 	}
 	r.table(func(d *decoder) {
 		l := decodeLease(d)
+		ascending(d, m.leases, l)
 		m.leases.Set(l)
 		if l.request != 0 {
 			m.requests.Set(request{l.request, l.id})
@@ -64,6 +67,7 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 			d.fail("an acquisition without a lease")
 			return
 		}
+		ascending(d, m.acqs, a)
 		m.acqs.Set(a)
 		if a.token != 0 {
 			m.tokens.Set(a)
@@ -79,13 +83,22 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 			m.actors.Set(place{a.actor, a.place, a})
 		}
 	})
-	r.table(func(d *decoder) { m.locks.Set(decodeLock(d)) })
+	r.table(func(d *decoder) {
+		k := decodeLock(d)
+		ascending(d, m.locks, k)
+		m.locks.Set(k)
+	})
 	r.table(func(d *decoder) {
 		p := decodePast(d)
+		ascending(d, m.memory.order, p)
 		m.memory.order.Set(p)
 		m.memory.index(p)
 	})
-	r.table(func(d *decoder) { m.memory.traces.Set(decodeTrace(d)) })
+	r.table(func(d *decoder) {
+		t := decodeTrace(d)
+		ascending(d, m.memory.traces, t)
+		m.memory.traces.Set(t)
+	})
 	if r.err == nil {
 		r.err = m.check()
 	}
@@ -95,6 +108,14 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 	return m, nil
 }
 
+// ascending refuses a record that does not come after all of its table: the
+// same record twice, above all, would be in the tables made anew twice.
+func ascending[T any](d *decoder, t *btree.BTreeG[T], record T) {
+	if last, ok := t.Max(); ok && !t.Less(last, record) {
+		d.fail("records out of order")
+	}
+}
+
 // check holds the tables that were read against those made anew, so that a
 // damaged snapshot cannot bring a machine up that contradicts itself.
 func (m *Machine) check() error {
@@ -102,6 +123,28 @@ func (m *Machine) check() error {
 	bad := func(format string, args ...any) bool {
 		err = fmt.Errorf(format+": %w", append(args, ErrCorrupt)...)
 		return false
+	}
+	if last, ok := m.leases.Max(); ok && uint64(last.id) > m.leaseIDs {
+		bad("lease %d was never made", last.id)
+	}
+	granted, places := 0, 0
+	m.acqs.Scan(func(a *acquisition) bool {
+		places += len(a.names)
+		if a.token != 0 {
+			granted++
+		}
+		if uint64(a.token) > m.minted || a.place > m.places {
+			return bad("an acquisition of lease %d was never made", a.lease)
+		}
+		for i := 1; i < len(a.names); i++ {
+			if a.names[i] <= a.names[i-1] {
+				return bad("an acquisition of lease %d names a lock twice", a.lease)
+			}
+		}
+		return true
+	})
+	if err == nil && (granted != m.tokens.Len() || places != m.holders.Len()+m.queues.Len()) {
+		bad("two acquisitions with one token or place")
 	}
 	holders, queued := 0, 0
 	m.locks.Scan(func(k *lock) bool {
