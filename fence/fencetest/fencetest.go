@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/distlock/distlock/fence"
@@ -37,8 +38,14 @@ type Interrupter interface {
 	Interrupt(ctx context.Context, resource string, pass fence.Pass, text string) error
 }
 
-// interleavings is how many races between writers Run lets happen.
-const interleavings = 10_000
+const (
+	// interleavings is how many races between writers Run lets happen, and of
+	// each other kind of race, a tenth.
+	interleavings = 10_000
+	// abreast is how many races run at a time, each at a resource of its own:
+	// a store that syncs for several writers at once is kept busy.
+	abreast = 8
+)
 
 // Run runs every test of the contract against subjects made by open, each with
 // one of its own. open ends its subject by t.Cleanup.
@@ -74,6 +81,8 @@ var checks = []struct {
 	{"Interrupted", interrupted},
 	{"Canceled", canceled},
 	{"Concurrent", concurrent},
+	{"ConcurrentShared", concurrentShared},
+	{"ConcurrentRaise", concurrentRaise},
 }
 
 // exclusive is the pass of an exclusive lock's grant.
@@ -295,17 +304,50 @@ func canceled(ctx context.Context, s Subject) error {
 
 // concurrent lets writers race, each with a token of its own.
 func concurrent(ctx context.Context, s Subject) error {
-	for round := range interleavings {
-		if err := race(ctx, s, "race/"+strconv.Itoa(round)); err != nil {
-			return fmt.Errorf("race %d: %w", round, err)
-		}
-	}
-	return nil
+	return races(ctx, s, interleavings, race)
 }
 
-// race lets four writers start at once. In the end the text is that of the
-// highest token, which is never turned away; and no write that began after one
-// with a higher token was acknowledged may be accepted.
+// concurrentShared lets the holders of a semaphore race, while one of them is
+// replaced.
+func concurrentShared(ctx context.Context, s Subject) error {
+	return races(ctx, s, interleavings/10, raceShared)
+}
+
+// concurrentRaise lets a holder raise the floor and read, while the one before
+// writes late.
+func concurrentRaise(ctx context.Context, s Subject) error {
+	return races(ctx, s, interleavings/10, raceRaise)
+}
+
+// races runs n races, several at a time, each at a resource of its own, until
+// one goes wrong.
+func races(ctx context.Context, s Subject, n int, race func(context.Context, Subject, string) error) error {
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	var (
+		rounds atomic.Int64
+		group  sync.WaitGroup
+	)
+	for range abreast {
+		group.Go(func() {
+			for ctx.Err() == nil {
+				round := rounds.Add(1)
+				if round > int64(n) {
+					return
+				}
+				if err := race(ctx, s, "race/"+strconv.FormatInt(round, 10)); err != nil {
+					stop(fmt.Errorf("race %d: %w", round, err))
+				}
+			}
+		})
+	}
+	group.Wait()
+	return context.Cause(ctx)
+}
+
+// race lets four writers start at once, in any order. In the end the text is
+// that of the highest token, which is never turned away; and no write that
+// began after one with a higher token was acknowledged may be accepted.
 func race(ctx context.Context, s Subject, resource string) error {
 	const writers = 4
 	var (
@@ -344,4 +386,71 @@ func race(ctx context.Context, s Subject, resource string) error {
 		return errors.Join(errs...)
 	}
 	return on(ctx, s, resource).reads(strconv.Itoa(writers)).refused(exclusive(writers-1), writers).err
+}
+
+// raceShared is a semaphore of three, held by 3, 4 and 5, where 6 replaces 3.
+// All write at once: only 3 may be turned away, and only by 6.
+func raceShared(ctx context.Context, s Subject, resource string) error {
+	var (
+		replaced atomic.Bool // 6 has been acknowledged
+		errs     = make([]error, 4)
+		group    sync.WaitGroup
+	)
+	start := make(chan struct{})
+	for i, pass := range []fence.Pass{{Token: 3, Floor: 3}, {Token: 4, Floor: 3}, {Token: 5, Floor: 3}, {Token: 6, Floor: 4}} {
+		group.Go(func() {
+			<-start
+			late := replaced.Load()
+			err := s.Write(ctx, resource, pass, pass.Token.String())
+			var stale *fence.StaleError
+			switch {
+			case pass.Token == 6 && err == nil:
+				replaced.Store(true)
+			case pass.Token != 3 && err != nil:
+				errs[i] = fmt.Errorf("token %d: %w", pass.Token, err)
+			case pass.Token == 3 && err == nil && late:
+				errs[i] = errors.New("token 3 was accepted after its replacement had been acknowledged")
+			case err != nil && !errors.As(err, &stale):
+				errs[i] = err
+			}
+		})
+	}
+	close(start)
+	group.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	return on(ctx, s, resource).refused(fence.Pass{Token: 3, Floor: 3}, 4).
+		write(fence.Pass{Token: 5, Floor: 3}, "e").write(fence.Pass{Token: 4, Floor: 3}, "f").reads("f").err
+}
+
+// raceRaise lets 2 raise the floor and then read, while 1 writes: what 2 reads
+// is what is there when both are done, and what it writes then lasts.
+func raceRaise(ctx context.Context, s Subject, resource string) error {
+	var (
+		late  error
+		group sync.WaitGroup
+	)
+	start := make(chan struct{})
+	group.Go(func() {
+		<-start
+		late = s.Write(ctx, resource, exclusive(1), "late")
+	})
+	close(start)
+	c := on(ctx, s, resource).raise(exclusive(2))
+	read, err := s.Read(ctx, resource)
+	group.Wait()
+	var stale *fence.StaleError
+	switch {
+	case c.err != nil:
+		return c.err
+	case err != nil:
+		return err
+	case late != nil && !errors.As(late, &stale):
+		return late
+	}
+	if c.reads(read); c.err != nil {
+		return fmt.Errorf("a late write came after the raise: %w", c.err)
+	}
+	return c.write(exclusive(2), "mine").refused(exclusive(1), 2).reads("mine").err
 }

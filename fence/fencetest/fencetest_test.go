@@ -167,6 +167,8 @@ func TestWrongGuardsFail(t *testing.T) {
 		{"names ignore spaces at the end", "OddNames", func(m *mutant) { m.key = strings.TrimSpace }},
 		{"Raise stores nothing", "RaiseAlone", func(m *mutant) { m.noRaise = true }},
 		{"check, then write", "Concurrent", func(m *mutant) { m.gap = true }},
+		{"check, then write, at a shared lock", "ConcurrentShared", func(m *mutant) { m.gap = true }},
+		{"check, then write, around a raise", "ConcurrentRaise", func(m *mutant) { m.gap = true }},
 		{"the floor is stored before the write", "Interrupted", func(m *mutant) { m.floor = true }},
 		{"an ended context writes", "Canceled", func(m *mutant) { m.deaf = true }},
 	} {
