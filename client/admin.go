@@ -2,6 +2,8 @@ package client
 
 import (
 	"context"
+	"errors"
+	"io"
 	"iter"
 	"time"
 
@@ -140,6 +142,14 @@ type Status struct {
 	InMemory                           bool
 	StartedAt                          time.Time
 	Members                            []Member
+	Restored                           *Restored // nil for a history that no backup is the beginning of
+}
+
+// Restored says which backup a history began with.
+type Restored struct {
+	At, BackupAt time.Time
+	ClusterID    string      // that the backup is of
+	TokensAbove  fence.Token // every token of this history is above it
 }
 
 // Member is one node of the cluster.
@@ -359,7 +369,80 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 			Leader: m.GetLeader(), Healthy: m.GetHealthy(), AppliedIndex: m.GetAppliedIndex(),
 		})
 	}
+	if x := r.GetRestored(); x != nil {
+		s.Restored = &Restored{
+			At: x.GetAt().AsTime(), BackupAt: x.GetBackupAt().AsTime(), ClusterID: x.GetClusterId(), TokensAbove: fence.Token(x.GetTokensAbove()),
+		}
+	}
 	return s, err
+}
+
+func clusterOf(conn *grpc.ClientConn) pb.ClusterServiceClient {
+	return pb.NewClusterServiceClient(conn)
+}
+
+// AddMember makes a node a learner of the cluster, or gives a member another
+// peer address. Errors: ErrMembership.
+func (c *Client) AddMember(ctx context.Context, id, peerAddress string) error {
+	return c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
+		_, err := clusterOf(conn).AddMember(ctx, &pb.AddMemberRequest{Id: id, PeerAddress: peerAddress})
+		return err
+	})
+}
+
+// PromoteMember gives a learner that has caught up its vote. Errors:
+// ErrMembership.
+func (c *Client) PromoteMember(ctx context.Context, id string) error {
+	return c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
+		_, err := clusterOf(conn).PromoteMember(ctx, &pb.PromoteMemberRequest{Id: id})
+		return err
+	})
+}
+
+// RemoveMember takes a node out of the cluster. Errors: ErrMembership.
+func (c *Client) RemoveMember(ctx context.Context, id string) error {
+	return c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
+		_, err := clusterOf(conn).RemoveMember(ctx, &pb.RemoveMemberRequest{Id: id})
+		return err
+	})
+}
+
+// TransferLeadership makes another voter lead, id or whichever is furthest,
+// and returns who does. Errors: ErrMembership.
+func (c *Client) TransferLeadership(ctx context.Context, id string) (leader string, err error) {
+	err = c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
+		r, err := clusterOf(conn).TransferLeadership(ctx, &pb.TransferLeadershipRequest{Id: id})
+		leader = r.GetLeader()
+		return err
+	})
+	return leader, err
+}
+
+// Backup writes a backup of everything to w, as of a moment after the call
+// began. When it fails, w has a part of one that does not restore.
+func (c *Client) Backup(ctx context.Context, w io.Writer) error {
+	begun := false
+	return c.retry(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
+		stream, err := clusterOf(conn).Backup(ctx, &pb.BackupRequest{})
+		if err != nil {
+			return err
+		}
+		for {
+			r, err := stream.Recv()
+			switch {
+			case errors.Is(err, io.EOF):
+				return nil
+			case err != nil && begun:
+				return &Error{Code: codes.Aborted, Message: "the backup broke off: " + toError(err).Message}
+			case err != nil:
+				return err
+			}
+			begun = true
+			if _, err := w.Write(r.GetChunk()); err != nil {
+				return &Error{Code: codes.Aborted, Message: "the backup cannot be written: " + err.Error()}
+			}
+		}
+	})
 }
 
 func lockInfo(k *pb.Lock) LockInfo {

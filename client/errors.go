@@ -35,6 +35,8 @@ var (
 	ErrUnavailable = errors.New("unavailable")
 	// ErrOutOfRange: a watch asked for events that are no longer kept.
 	ErrOutOfRange = errors.New("events no longer kept")
+	// ErrMembership: the cluster's members cannot be changed so.
+	ErrMembership = errors.New("membership")
 	// ErrReleased is Lock.Err after Release.
 	ErrReleased = errors.New("released")
 	// ErrClosed: the client has been closed.
@@ -97,6 +99,7 @@ var sentinels = map[string]error{
 	"LIMIT_DISAGREES":    ErrInvalid,
 	"RESOURCE_EXHAUSTED": ErrExhausted,
 	"OUT_OF_RANGE":       ErrOutOfRange,
+	"MEMBERSHIP":         ErrMembership,
 }
 
 // Is matches the package's sentinels.

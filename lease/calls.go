@@ -355,22 +355,27 @@ func (m *Manager) remaining(id ID) time.Duration {
 // Leases lists at most limit leases (at least 1) in order of id, from the one
 // after after; more tells that there are others behind.
 func (m *Manager) Leases(ctx context.Context, after ID, limit int) (list []LeaseInfo, more bool, err error) {
-	limit = max(limit, 1)
 	if err := m.linearize(ctx, nil); err != nil {
 		return nil, false, err
 	}
-	m.store.View().AscendLeases(after, func(l machine.Lease) bool {
-		if more = len(list) == limit; !more {
-			list = append(list, LeaseInfo{Lease: l})
-		}
-		return !more
-	})
+	list, more = leasesIn(m.store.View(), after, limit)
 	err = m.linearize(ctx, func(m *Manager) {
 		for i := range list {
 			list[i].Remaining = m.remaining(list[i].ID)
 		}
 	})
 	return list, more, err
+}
+
+func leasesIn(view *machine.Machine, after ID, limit int) (list []LeaseInfo, more bool) {
+	limit = max(limit, 1)
+	view.AscendLeases(after, func(l machine.Lease) bool {
+		if more = len(list) == limit; !more {
+			list = append(list, LeaseInfo{Lease: l})
+		}
+		return !more
+	})
+	return list, more
 }
 
 // Acquire takes locks, all or none, waiting as long as the request says. When
@@ -501,15 +506,24 @@ func (m *Manager) Lock(ctx context.Context, lock string) (LockInfo, uint64, erro
 // and come after after, in order of name, with the revision of the answer;
 // more tells that there are others behind.
 func (m *Manager) Locks(ctx context.Context, prefix, after string, limit int) (list []LockInfo, more bool, revision uint64, err error) {
-	limit = max(limit, 1)
 	if err := m.linearize(ctx, nil); err != nil {
 		return nil, false, 0, err
 	}
+	list, more, revision = locksIn(m.store.View(), prefix, after, limit)
+	err = m.linearize(ctx, func(m *Manager) {
+		for i := range list {
+			list[i].DelayRemaining = m.delayRemaining(list[i].Delays)
+		}
+	})
+	return list, more, revision, err
+}
+
+func locksIn(view *machine.Machine, prefix, after string, limit int) (list []LockInfo, more bool, revision uint64) {
+	limit = max(limit, 1)
 	from := prefix
 	if after != "" {
 		from = max(from, after+"\x00")
 	}
-	view := m.store.View()
 	view.AscendLocks(from, func(k machine.Lock) bool {
 		if !strings.HasPrefix(k.Name, prefix) {
 			return false
@@ -519,12 +533,45 @@ func (m *Manager) Locks(ctx context.Context, prefix, after string, limit int) (l
 		}
 		return !more
 	})
-	err = m.linearize(ctx, func(m *Manager) {
-		for i := range list {
-			list[i].DelayRemaining = m.delayRemaining(list[i].Delays)
+	return list, more, view.Revision()
+}
+
+// StaleLock shows one lock as this node has it, whether it leads or not.
+// Another node may know better; what is left of lock-delays only the leader
+// knows. Errors: *InvalidError.
+func (m *Manager) StaleLock(lock string) (LockInfo, uint64, error) {
+	if err := name("name", lock); err != nil {
+		return LockInfo{}, 0, err
+	}
+	var info LockInfo
+	var revision uint64
+	m.store.Read(func(s *machine.Machine) {
+		info.Lock, _ = s.Lock(lock)
+		revision = s.Revision()
+	})
+	return info, revision, nil
+}
+
+// StaleLocks lists locks like Locks, as this node has them.
+func (m *Manager) StaleLocks(prefix, after string, limit int) (list []LockInfo, more bool, revision uint64) {
+	return locksIn(m.store.View(), prefix, after, limit)
+}
+
+// StaleLease shows one lease as this node has it; its remaining time only the
+// leader knows. Errors: *Refusal when it is gone.
+func (m *Manager) StaleLease(id ID) (info LeaseInfo, err error) {
+	m.store.Read(func(s *machine.Machine) {
+		var ok bool
+		if info.Lease, ok = s.Lease(id); !ok {
+			err = s.LeaseGone(id)
 		}
 	})
-	return list, more, view.Revision(), err
+	return info, err
+}
+
+// StaleLeases lists leases like Leases, as this node has them.
+func (m *Manager) StaleLeases(after ID, limit int) ([]LeaseInfo, bool) {
+	return leasesIn(m.store.View(), after, limit)
 }
 
 // CheckToken tells whether a token is of a live hold on a lock.

@@ -91,3 +91,17 @@ func (e *RangeError) Error() string {
 	}
 	return fmt.Sprintf("revision %d is no longer kept, the oldest is %d: list anew and watch from there", e.Asked, e.Oldest)
 }
+
+// MemberError is a change of the cluster's members that was refused: nothing
+// was changed.
+type MemberError struct {
+	ID  string // of the member; "" when it is not about one
+	Msg string
+}
+
+func (e *MemberError) Error() string {
+	if e.ID == "" {
+		return e.Msg
+	}
+	return fmt.Sprintf("member %s: %s", e.ID, e.Msg)
+}

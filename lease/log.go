@@ -45,3 +45,20 @@ type Leadership struct {
 	// its address is known.
 	Hint string
 }
+
+// Member is one node of the cluster that keeps the log.
+type Member struct {
+	ID            string
+	PeerAddress   string
+	ClientAddress string // "" while it does not answer
+	Role          string // RoleVoter or RoleLearner
+	Leader        bool
+	Healthy       bool // it answers
+	AppliedIndex  uint64
+}
+
+// A voter counts towards the quorum; a learner only gets the log.
+const (
+	RoleVoter   = "voter"
+	RoleLearner = "learner"
+)

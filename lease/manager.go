@@ -337,6 +337,16 @@ func (m *Manager) lead(l Leadership) {
 			m.armDelay(name, d, now)
 			return true
 		})
+		s.EachWaiter(func(id ID, own bool, request RequestID) bool {
+			if request >= machine.AnonymousRequest {
+				// Its caller waited elsewhere, and cannot ask for it again.
+				if own {
+					id = 0
+				}
+				m.enqueue(&call{cmd: &machine.Abandon{Lease: id, Request: request}})
+			}
+			return true
+		})
 	})
 	m.forgetAt.deadline = now + markEvery
 	m.wheel.arm(&m.forgetAt)

@@ -34,6 +34,7 @@ const (
 	ReasonOutOfRange     = "OUT_OF_RANGE"
 	ReasonCanceled       = "CANCELED"
 	ReasonDeadline       = "DEADLINE_EXCEEDED"
+	ReasonMembership     = "MEMBERSHIP"
 	ReasonInternal       = "INTERNAL"
 )
 
@@ -63,6 +64,7 @@ var codeOf = map[string]codes.Code{
 	ReasonOutOfRange:                      codes.OutOfRange,
 	ReasonCanceled:                        codes.Canceled,
 	ReasonDeadline:                        codes.DeadlineExceeded,
+	ReasonMembership:                      codes.FailedPrecondition,
 	ReasonInternal:                        codes.Internal,
 }
 
@@ -152,6 +154,7 @@ func describe(err error) (string, *pb.Problem) {
 		invalid   *lease.InvalidError
 		exhausted *lease.ExhaustedError
 		outside   *lease.RangeError
+		member    *lease.MemberError
 	)
 	switch {
 	case errors.As(err, &held):
@@ -172,6 +175,8 @@ func describe(err error) (string, *pb.Problem) {
 		return ReasonExhausted, nil
 	case errors.As(err, &outside):
 		return ReasonOutOfRange, nil
+	case errors.As(err, &member):
+		return ReasonMembership, nil
 	case errors.Is(err, lease.ErrOutcomeUnknown):
 		return ReasonOutcomeUnknown, nil
 	case errors.Is(err, lease.ErrLogFailed):

@@ -62,6 +62,7 @@ var table = []struct {
 	{lease.ErrDetached, codes.Canceled, "CANCELED"},
 	{context.Canceled, codes.Canceled, "CANCELED"},
 	{context.DeadlineExceeded, codes.DeadlineExceeded, "DEADLINE_EXCEEDED"},
+	{&lease.MemberError{ID: "n2", Msg: "it is the only voter"}, codes.FailedPrecondition, "MEMBERSHIP"},
 	{errors.New("what nobody thought of"), codes.Internal, "INTERNAL"},
 }
 

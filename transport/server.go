@@ -5,6 +5,7 @@ package transport
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"runtime/debug"
 	"sync/atomic"
@@ -42,6 +43,10 @@ type Manager interface {
 	Locks(ctx context.Context, prefix, after string, limit int) ([]lease.LockInfo, bool, uint64, error)
 	CheckToken(ctx context.Context, name string, token fence.Token) (lease.TokenCheck, error)
 	ForceRelease(ctx context.Context, name string, token fence.Token, by string) error
+	StaleLock(name string) (lease.LockInfo, uint64, error)
+	StaleLocks(prefix, after string, limit int) ([]lease.LockInfo, bool, uint64)
+	StaleLease(lease.ID) (lease.LeaseInfo, error)
+	StaleLeases(after lease.ID, limit int) ([]lease.LeaseInfo, bool)
 	Watch(prefix string, from uint64) (*lease.Watcher, error)
 	Declare(ctx context.Context, name string) error
 	Undeclare(ctx context.Context, name string) error
@@ -49,17 +54,43 @@ type Manager interface {
 	Status() lease.Status
 }
 
+// Cluster is what the transport asks of the cluster that keeps the log. All
+// methods are safe for concurrent use.
+type Cluster interface {
+	// Leader waits until it is known who leads, and returns a connection on
+	// which the leader takes forwarded calls; nil when this node leads.
+	Leader(ctx context.Context) (grpc.ClientConnInterface, error)
+	// Detach tells the leader that the client of a forwarded call was lost.
+	Detach(ctx context.Context, call string) error
+	Members() (list []lease.Member, leader string, term uint64)
+	AddMember(id, peerAddress, clusterID string) (string, error)
+	PromoteMember(id string) error
+	RemoveMember(id string) error
+	TransferLeadership(id string) (string, error)
+	// Backup writes a consistent copy of everything.
+	Backup(to io.Writer) error
+}
+
 // Node is what a node tells of itself.
 type Node struct {
-	ID, ClusterID, Version, ClientAddress string
-	InMemory                              bool
-	StartedAt                             time.Time
-	AppliedIndex                          uint64
+	ID, ClusterID, Version string
+	ClientAddress          string
+	InMemory               bool
+	StartedAt              time.Time
+	Restored               *Restored // nil for a history with no backup before it
+}
+
+// Restored says which backup a history began with.
+type Restored struct {
+	At, BackupAt time.Time
+	ClusterID    string
+	TokensAbove  fence.Token
 }
 
 // Config configures a Server. Manager and Node are required.
 type Config struct {
 	Manager Manager
+	Cluster Cluster // nil where nothing is kept on disk
 	Node    func() Node
 	Logger  *zap.Logger
 	// Workers bounds the requests being worked on at once; 0 sets no bound. A
@@ -79,6 +110,7 @@ type Server struct {
 	health   *health.Server
 	stopping context.Context // ends when Stop begins
 	stop     context.CancelFunc
+	calls    *forwardedCalls
 }
 
 // NewServer returns a server. Serve starts it.
@@ -94,8 +126,10 @@ func NewServer(cfg Config) *Server {
 	}
 	work := newWorkers(cfg.Workers)
 	stopping, stop := context.WithCancel(context.Background())
+	calls := newForwardedCalls()
+	forward := &forwarder{cluster: cfg.Cluster, stopping: stopping, work: work}
 	s := &Server{
-		stopping: stopping, stop: stop,
+		stopping: stopping, stop: stop, calls: calls,
 		grpc: grpc.NewServer(
 			grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto"), cfg.MaxMessageBytes}),
 			grpc.MaxRecvMsgSize(4*cfg.MaxMessageBytes),
@@ -106,14 +140,14 @@ func NewServer(cfg Config) *Server {
 			grpc.ConnectionTimeout(20*time.Second),
 			grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 			grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
-			grpc.ChainUnaryInterceptor(unary(cfg.Logger, work)),
+			grpc.ChainUnaryInterceptor(unary(cfg.Logger, work), forward.unary),
 			grpc.ChainStreamInterceptor(streaming(cfg.Logger, stopping)),
 		),
 		health: health.NewServer(),
 	}
-	s.grpc.RegisterService(decoding(&pb.LockService_ServiceDesc), &lockService{m: cfg.Manager, work: work})
+	s.grpc.RegisterService(decoding(&pb.LockService_ServiceDesc), &lockService{m: cfg.Manager, work: work, calls: calls})
 	s.grpc.RegisterService(decoding(&pb.LeaseService_ServiceDesc), &leaseService{m: cfg.Manager, work: work})
-	s.grpc.RegisterService(decoding(&pb.ClusterService_ServiceDesc), &clusterService{m: cfg.Manager, node: cfg.Node})
+	s.grpc.RegisterService(decoding(&pb.ClusterService_ServiceDesc), &clusterService{m: cfg.Manager, node: cfg.Node, cluster: cfg.Cluster, work: work})
 	s.grpc.RegisterService(decoding(&original.Distlock_ServiceDesc), &originalService{m: cfg.Manager, work: work})
 	healthpb.RegisterHealthServer(s.grpc, s.health)
 	reflection.Register(s.grpc)
@@ -136,8 +170,15 @@ func (s *Server) SetServing(serving bool) {
 	}
 }
 
-// Serve accepts connections until Stop; it returns nil then.
-func (s *Server) Serve(l net.Listener) error { return s.grpc.Serve(markedListener{l}) }
+// Serve accepts connections of clients until Stop; it returns nil then.
+func (s *Server) Serve(l net.Listener) error { return s.grpc.Serve(markedListener{l, false}) }
+
+// ServePeers does the same for connections on which other members forward
+// calls of their clients.
+func (s *Server) ServePeers(l net.Listener) error { return s.grpc.Serve(markedListener{l, true}) }
+
+// Detach lets go of a forwarded call whose client was lost: its place is kept.
+func (s *Server) Detach(call string) { s.calls.detach(call) }
 
 // Stop ends the streams, which have no end of their own, lets calls under way
 // finish for as long as ctx allows, then cuts them. No handler runs any more
@@ -252,32 +293,44 @@ func (w workers) elsewhere(fn func()) {
 
 // detachable returns a context that ends with ctx, with the cause ErrDetached
 // when ctx ends because the client's connection was lost rather than because
-// the client cancelled the call.
-func detachable(ctx context.Context) (context.Context, context.CancelFunc) {
+// the client cancelled the call. The first function ends it with another
+// cause, the second frees it.
+func detachable(ctx context.Context) (context.Context, context.CancelCauseFunc, context.CancelFunc) {
 	out, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, func() {
 		cause := ctx.Err()
-		if p, ok := peer.FromContext(ctx); ok {
-			if a, ok := p.Addr.(*markedAddr); ok && a.closed.Load() {
-				cause = lease.ErrDetached
-			}
+		if a := addrOf(ctx); a != nil && a.closed.Load() {
+			cause = lease.ErrDetached
 		}
 		cancel(cause)
 	})
-	return out, func() { stop(); cancel(nil) }
+	return out, cancel, func() { stop(); cancel(nil) }
+}
+
+// addrOf is the address of a call's client, nil outside of Serve.
+func addrOf(ctx context.Context) *markedAddr {
+	if p, ok := peer.FromContext(ctx); ok {
+		if a, ok := p.Addr.(*markedAddr); ok {
+			return a
+		}
+	}
+	return nil
 }
 
 // markedListener's connections tell, through their peer's address, whether
 // they have been closed. gRPC closes a lost connection before it cancels the
 // calls on it, and has no other way to tell the two ends of a call apart.
-type markedListener struct{ net.Listener }
+type markedListener struct {
+	net.Listener
+	peer bool // of another member
+}
 
 func (l markedListener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
 	if err != nil {
 		return nil, err
 	}
-	return &markedConn{Conn: conn, addr: &markedAddr{Addr: conn.RemoteAddr()}}, nil
+	return &markedConn{Conn: conn, addr: &markedAddr{Addr: conn.RemoteAddr(), peer: l.peer}}, nil
 }
 
 type markedConn struct {
@@ -287,6 +340,7 @@ type markedConn struct {
 
 type markedAddr struct {
 	net.Addr
+	peer   bool
 	closed atomic.Bool
 }
 

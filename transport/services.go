@@ -9,7 +9,6 @@ import (
 
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
-	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/distlock/distlock/fence"
 	"github.com/distlock/distlock/lease"
@@ -27,8 +26,9 @@ const (
 
 type lockService struct {
 	pb.UnimplementedLockServiceServer
-	m    Manager
-	work workers
+	m     Manager
+	work  workers
+	calls *forwardedCalls
 }
 
 func (s *lockService) Acquire(ctx context.Context, r *pb.AcquireRequest) (*pb.AcquireResponse, error) {
@@ -36,8 +36,9 @@ func (s *lockService) Acquire(ctx context.Context, r *pb.AcquireRequest) (*pb.Ac
 	if err != nil {
 		return nil, err
 	}
-	ctx, stop := detachable(ctx)
+	ctx, end, stop := detachable(ctx)
 	defer stop()
+	defer s.calls.add(ctx, end)()
 	var g lease.Grant
 	s.work.elsewhere(func() { g, err = s.m.Acquire(ctx, req) })
 	if err != nil {
@@ -61,8 +62,14 @@ func (s *lockService) Abandon(ctx context.Context, r *pb.AbandonRequest) (_ *pb.
 func (s *lockService) Get(ctx context.Context, r *pb.GetRequest) (*pb.GetResponse, error) {
 	var info lease.LockInfo
 	var revision uint64
-	var err error
-	s.work.elsewhere(func() { info, revision, err = s.m.Lock(ctx, r.GetName()) })
+	stale, err := isStale(r.GetConsistency())
+	switch {
+	case err != nil:
+	case stale:
+		info, revision, err = s.m.StaleLock(r.GetName())
+	default:
+		s.work.elsewhere(func() { info, revision, err = s.m.Lock(ctx, r.GetName()) })
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -74,7 +81,17 @@ func (s *lockService) List(ctx context.Context, r *pb.ListRequest) (*pb.ListResp
 	if err != nil {
 		return nil, err
 	}
-	list, more, revision, err := s.m.Locks(ctx, r.GetPrefix(), after, size)
+	stale, err := isStale(r.GetConsistency())
+	var list []lease.LockInfo
+	var more bool
+	var revision uint64
+	switch {
+	case err != nil:
+	case stale:
+		list, more, revision = s.m.StaleLocks(r.GetPrefix(), after, size)
+	default:
+		list, more, revision, err = s.m.Locks(ctx, r.GetPrefix(), after, size)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -89,6 +106,17 @@ func (s *lockService) List(ctx context.Context, r *pb.ListRequest) (*pb.ListResp
 		out.NextPageToken = pageToken(list[len(list)-1].Name)
 	}
 	return out, nil
+}
+
+// isStale tells whether a read is to be answered from what this node has.
+func isStale(c pb.Consistency) (bool, error) {
+	switch c {
+	case pb.Consistency_CONSISTENCY_UNSPECIFIED, pb.Consistency_CONSISTENCY_LINEARIZABLE:
+		return false, nil
+	case pb.Consistency_CONSISTENCY_STALE:
+		return true, nil
+	}
+	return false, &lease.InvalidError{Field: "consistency", Msg: "must be linearizable or stale"}
 }
 
 // page reads where a page begins: after the name or id in the token.
@@ -228,8 +256,14 @@ func (s *leaseService) Revoke(ctx context.Context, r *pb.RevokeRequest) (_ *pb.R
 
 func (s *leaseService) Get(ctx context.Context, r *pb.GetLeaseRequest) (*pb.GetLeaseResponse, error) {
 	var info lease.LeaseInfo
-	var err error
-	s.work.elsewhere(func() { info, err = s.m.Lease(ctx, lease.ID(r.GetLeaseId())) })
+	stale, err := isStale(r.GetConsistency())
+	switch {
+	case err != nil:
+	case stale:
+		info, err = s.m.StaleLease(lease.ID(r.GetLeaseId()))
+	default:
+		s.work.elsewhere(func() { info, err = s.m.Lease(ctx, lease.ID(r.GetLeaseId())) })
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -247,7 +281,16 @@ func (s *leaseService) List(ctx context.Context, r *pb.ListLeasesRequest) (*pb.L
 			return nil, &lease.InvalidError{Field: "page_token", Msg: "is not one that this server gave"}
 		}
 	}
-	list, more, err := s.m.Leases(ctx, lease.ID(after), size)
+	stale, err := isStale(r.GetConsistency())
+	var list []lease.LeaseInfo
+	var more bool
+	switch {
+	case err != nil:
+	case stale:
+		list, more = s.m.StaleLeases(lease.ID(after), size)
+	default:
+		list, more, err = s.m.Leases(ctx, lease.ID(after), size)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -261,28 +304,5 @@ func (s *leaseService) List(ctx context.Context, r *pb.ListLeasesRequest) (*pb.L
 	if more {
 		out.NextPageToken = pageToken(strconv.FormatUint(uint64(list[len(list)-1].ID), 10))
 	}
-	return out, nil
-}
-
-type clusterService struct {
-	pb.UnimplementedClusterServiceServer
-	m    Manager
-	node func() Node
-}
-
-func (s *clusterService) Status(context.Context, *pb.StatusRequest) (*pb.StatusResponse, error) {
-	st, node := s.m.Status(), s.node()
-	out := &pb.StatusResponse{
-		Version: node.Version, NodeId: node.ID, ClusterId: node.ClusterID, Term: st.Term, Revision: st.Revision,
-		LastToken: st.LastToken, Leases: int64(st.Leases), Locks: int64(st.Locks), Waiters: int64(st.Waiters),
-		InMemory: node.InMemory, StartedAt: timestamppb.New(node.StartedAt),
-	}
-	if st.Leader {
-		out.Leader = node.ID
-	}
-	out.Members = []*pb.Member{{
-		Id: node.ID, ClientAddress: node.ClientAddress, Role: "voter", Leader: st.Leader, Healthy: st.Leader,
-		AppliedIndex: node.AppliedIndex,
-	}}
 	return out, nil
 }

@@ -1,7 +1,12 @@
 package main
 
 import (
+	"crypto/tls"
+	"crypto/x509"
 	"fmt"
+	"net"
+	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -19,6 +24,9 @@ type serveFlags struct {
 	logFormat   string
 	logLevel    string
 	maxWorkers  int
+
+	initialCluster            []string
+	peerCert, peerKey, peerCA string
 }
 
 func serveCommand(use string) *cobra.Command {
@@ -37,6 +45,17 @@ func serveCommand(use string) *cobra.Command {
 	flags.BoolVar(&f.runAsync, "run-async", false, "no such bound; --max-workers is ignored")
 	flags.StringVar(&f.DataDir, "data-dir", "distlock-data", "directory of the log")
 	flags.BoolVar(&f.InMemory, "in-memory", false, "keep nothing on disk")
+	flags.StringVar(&f.NodeID, "node-id", "", "name of this member of a cluster (default n1)")
+	flags.StringVar(&f.PeerAddress, "peer-address", "", "HOST:PORT where other members reach this one")
+	flags.StringVar(&f.PeerListen, "peer-listen", "", "HOST:PORT to listen on for them (default --peer-address)")
+	flags.StringSliceVar(&f.initialCluster, "initial-cluster", nil, "ID=HOST:PORT,... peer addresses of a new cluster")
+	flags.StringVar(&f.Join, "join", "", "HOST:PORT of any member of the cluster to join")
+	flags.BoolVar(&f.Learner, "learner", false, "join without a vote")
+	flags.StringVar(&f.AdvertiseAddress, "advertise-address", "", "HOST:PORT where clients reach this node")
+	flags.StringVar(&f.peerCert, "peer-cert", "", "certificate for the traffic between members")
+	flags.StringVar(&f.peerKey, "peer-key", "", "its key")
+	flags.StringVar(&f.peerCA, "peer-ca", "", "certificates that the members' are signed by")
+	flags.DurationVar(&f.ElectionTimeout, "election-timeout", 200*time.Millisecond, "silence of the leader before another is elected")
 	flags.DurationVar(&f.DrainTimeout, "drain-timeout", 5*time.Second, "time to finish calls when stopping")
 	flags.DurationVar(&f.Bounds.MinTTL, "min-ttl", 100*time.Millisecond, "shortest TTL accepted")
 	flags.DurationVar(&f.Bounds.MaxTTL, "max-ttl", 24*time.Hour, "longest TTL accepted")
@@ -73,6 +92,9 @@ func (f *serveFlags) run(cmd *cobra.Command) error {
 	if !f.runAsync {
 		f.MaxWorkers = f.maxWorkers
 	}
+	if err := f.cluster(); err != nil {
+		return err
+	}
 	logger, err := newLogger(f.logFormat, f.logLevel)
 	if err != nil {
 		return err
@@ -84,6 +106,62 @@ func (f *serveFlags) run(cmd *cobra.Command) error {
 		return err
 	}
 	return s.Run(cmd.Context())
+}
+
+// cluster reads the flags of a member of a cluster.
+func (f *serveFlags) cluster() error {
+	for _, a := range []struct{ flag, value string }{
+		{"peer-address", f.PeerAddress}, {"peer-listen", f.PeerListen}, {"join", f.Join}, {"advertise-address", f.AdvertiseAddress},
+	} {
+		if _, _, err := net.SplitHostPort(a.value); a.value != "" && err != nil {
+			return usage("--%s must be HOST:PORT, and is %q", a.flag, a.value)
+		}
+	}
+	for _, m := range f.initialCluster {
+		id, address, ok := strings.Cut(m, "=")
+		if _, _, err := net.SplitHostPort(address); !ok || id == "" || err != nil {
+			return usage("--initial-cluster must be ID=HOST:PORT,ID=HOST:PORT,..., and has %q", m)
+		}
+		if f.InitialCluster == nil {
+			f.InitialCluster = make(map[string]string)
+		}
+		if f.InitialCluster[id] != "" {
+			return usage("--initial-cluster names %s twice", id)
+		}
+		f.InitialCluster[id] = address
+	}
+	switch {
+	case f.PeerAddress == "" && (f.InitialCluster != nil || f.Join != "" || f.PeerListen != ""):
+		return usage("a member of a cluster needs --peer-address HOST:PORT, where the others reach it")
+	case f.NodeID == "" && (f.InitialCluster != nil || f.Join != ""):
+		return usage("a member of a cluster needs a --node-id")
+	case f.InitialCluster != nil && f.Join != "":
+		return usage("--initial-cluster is for a new cluster and --join for one that runs; give one of them")
+	case f.InitialCluster != nil && f.InitialCluster[f.NodeID] != f.PeerAddress:
+		return usage("--initial-cluster must name this node as --node-id and --peer-address do: %s=%s", f.NodeID, f.PeerAddress)
+	case f.PeerAddress != "" && f.InMemory:
+		return usage("a member of a cluster keeps its log on disk; leave --in-memory or --peer-address out")
+	case f.ElectionTimeout < 50*time.Millisecond || f.ElectionTimeout > time.Minute:
+		return usage("--election-timeout must be from 50ms to 1m, and is %v", f.ElectionTimeout)
+	case f.peerCert == "" && f.peerKey == "" && f.peerCA == "":
+		return nil
+	case f.peerCert == "" || f.peerKey == "" || f.peerCA == "":
+		return usage("--peer-cert, --peer-key and --peer-ca belong together")
+	}
+	pair, err := tls.LoadX509KeyPair(f.peerCert, f.peerKey)
+	if err != nil {
+		return fmt.Errorf("--peer-cert %s and --peer-key %s: %w", f.peerCert, f.peerKey, err)
+	}
+	text, err := os.ReadFile(f.peerCA)
+	if err != nil {
+		return fmt.Errorf("--peer-ca: %w", err)
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(text) {
+		return fmt.Errorf("--peer-ca %s has no certificate in PEM", f.peerCA)
+	}
+	f.PeerTLS = &tls.Config{Certificates: []tls.Certificate{pair}, RootCAs: roots, MinVersion: tls.VersionTLS13}
+	return nil
 }
 
 func newLogger(format, level string) (*zap.Logger, error) {

@@ -12,6 +12,8 @@ import (
 	"runtime"
 	"sort"
 	"strings"
+	"sync/atomic"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
@@ -39,6 +41,15 @@ type disk struct {
 	snapshots *raft.FileSnapshotStore
 	fail      func(error)
 	last      *lastError
+	since     atomic.Int64 // when the write under way began, in ns; 0 for none
+}
+
+// writing is how long the write under way has taken so far; 0 for none.
+func (d *disk) writing() time.Duration {
+	if since := d.since.Load(); since != 0 {
+		return time.Since(time.Unix(0, since))
+	}
+	return 0
 }
 
 func openDisk(cfg Config, fail func(error)) (*disk, error) {
@@ -144,7 +155,9 @@ func (d *disk) StoreLogs(logs []*raft.Log) error {
 	for i, l := range logs {
 		sealed[i] = seal(l)
 	}
+	d.since.Store(time.Now().UnixNano())
 	err := d.LogStore.StoreLogs(sealed)
+	d.since.Store(0)
 	if err != nil {
 		d.failed("write the log", err)
 	}

@@ -1,18 +1,21 @@
 // Package replica is the durable lease.Log: hashicorp/raft over raft-wal with
-// file snapshots. A single node is a cluster of one member; it opens no port.
+// file snapshots. A single node is a cluster of one member; without a peer
+// address it opens no port.
 package replica
 
 import (
-	"bufio"
-	"crypto/rand"
-	"encoding/hex"
+	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
+	"maps"
+	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -41,11 +44,41 @@ func (e *CorruptError) Error() string {
 // Unwrap returns what is wrong with the file.
 func (e *CorruptError) Unwrap() error { return e.Err }
 
+// RemovedError says that the node is no longer a member of its cluster.
+type RemovedError struct{ NodeID, ClusterID string }
+
+func (e *RemovedError) Error() string {
+	return fmt.Sprintf("node %s was removed from cluster %s: to add it again, start it with an empty data directory and --join", e.NodeID, e.ClusterID)
+}
+
 // Config configures a Replica. Dir and Store are required.
 type Config struct {
 	Dir    string
 	Store  *lease.Store // empty; filled from the directory
 	Logger *zap.Logger
+
+	// NodeID names this member; "" takes the directory's, n1 in a new one.
+	NodeID string
+	// PeerAddress is where the other members reach this one, host:port. ""
+	// opens no port: such a node is alone.
+	PeerAddress string
+	// PeerListen is the address to listen on for them; "" is PeerAddress.
+	PeerListen string
+	// InitialCluster has the peer addresses, by node id, of the members that
+	// a new cluster begins with, this one among them; nil for this one alone.
+	// A directory that has been used knows its members and ignores it.
+	InitialCluster map[string]string
+	// Join makes a new directory wait until a cluster adds this node.
+	Join bool
+	// PeerTLS secures the traffic between members: every side shows a
+	// certificate that the other verifies. nil for none.
+	PeerTLS *tls.Config
+	// ElectionTimeout is how long, at least, a member hears nothing of the
+	// leader before it stands for election; 0 is DefaultElectionTimeout.
+	ElectionTimeout time.Duration
+	// ClientAddress is where clients reach this node, told to the others.
+	ClientAddress string
+	Version       string
 
 	// SnapshotEntries is how many log entries are applied between snapshots,
 	// and TrailingEntries how many are kept behind one. 0 takes the default.
@@ -57,7 +90,9 @@ type Config struct {
 	// next; its space is reserved when it is made.
 	SegmentSize int
 
-	// store and stable are put in front of the files by tests.
+	// dial replaces the network in tests.
+	dial func(ctx context.Context, address string) (net.Conn, error)
+	// wrapLog is put in front of the files by tests.
 	wrapLog func(raft.LogStore) raft.LogStore
 }
 
@@ -67,28 +102,57 @@ const (
 	defaultSnapshotInterval = 20 * time.Second
 	defaultSegmentSize      = 32 << 20
 
+	// DefaultElectionTimeout suits a network whose round trips take less than
+	// some 10 ms.
+	DefaultElectionTimeout = 200 * time.Millisecond
+
 	// A lone voter need not wait for anyone before it elects itself.
-	electionTimeout = 20 * time.Millisecond
+	loneElectionTimeout = 20 * time.Millisecond
 )
 
 // Replica is a lease.Log in a directory.
 type Replica struct {
+	cfg        Config
 	dir        string
 	nodeID     string
-	clusterID  string
 	logger     *zap.Logger
 	lock       *os.File
 	disk       *disk
 	raft       *raft.Raft
+	peers      *peers // nil without a peer port
 	fsm        *fsm
 	leadership chan lease.Leadership
 	futures    chan inFlight
 	closing    chan struct{}
-	group      sync.WaitGroup // watch and answer
+	group      sync.WaitGroup // the goroutines of Open
 
-	mu     sync.Mutex
-	err    error // why the log stopped
-	closed bool
+	transferring atomic.Bool   // the leadership: nothing is confirmed meanwhile
+	stalled      atomic.Bool   // the disk has: this node does not act as leader
+	suspects     chan struct{} // buffered, one: this node may have been removed
+	members      sync.Mutex    // held while the membership is being changed
+	saving       sync.Mutex    // held while identity.json is written
+
+	mu        sync.Mutex
+	id        identity
+	note      note
+	err       error // why the log stopped
+	closed    bool
+	leader    leader        // as known here
+	news      chan struct{} // closed and made anew when leader changes
+	committed configuration // the last known to be
+}
+
+// leader is who leads, as one node knows it.
+type leader struct {
+	id      string
+	address string // peer address
+	client  string // client address, once known
+	serving bool   // it is this node, and its manager has been told
+}
+
+type configuration struct {
+	index   uint64
+	servers raft.Configuration
 }
 
 type inFlight struct {
@@ -98,12 +162,14 @@ type inFlight struct {
 
 // identity is kept in identity.json.
 type identity struct {
-	ClusterID string `json:"clusterId"`
+	ClusterID string `json:"clusterId"` // empty until it is known
 	NodeID    string `json:"nodeId"`
+	Removed   bool   `json:"removed,omitempty"` // from the cluster
 }
 
 // Open opens or makes the log in cfg.Dir and starts its goroutines; Close ends
-// them. Errors: ErrLocked, *CorruptError, those of the file system.
+// them. Errors: ErrLocked, *CorruptError, *RemovedError, those of the file
+// system and of the configuration.
 func Open(cfg Config) (_ *Replica, err error) {
 	if cfg.Logger == nil {
 		cfg.Logger = zap.NewNop()
@@ -112,13 +178,17 @@ func Open(cfg Config) (_ *Replica, err error) {
 	cfg.TrailingEntries = orDefault(cfg.TrailingEntries, defaultTrailingEntries)
 	cfg.SnapshotInterval = orDefault(cfg.SnapshotInterval, defaultSnapshotInterval)
 	cfg.SegmentSize = orDefault(cfg.SegmentSize, defaultSegmentSize)
+	cfg.ElectionTimeout = orDefault(cfg.ElectionTimeout, DefaultElectionTimeout)
+	cfg.PeerListen = orDefault(cfg.PeerListen, cfg.PeerAddress)
 	r := &Replica{
-		dir: cfg.Dir, logger: cfg.Logger,
+		cfg: cfg, dir: cfg.Dir, logger: cfg.Logger,
 		leadership: make(chan lease.Leadership),
 		futures:    make(chan inFlight, 64),
 		closing:    make(chan struct{}),
+		news:       make(chan struct{}),
+		suspects:   make(chan struct{}, 1),
 	}
-	r.fsm = &fsm{store: cfg.Store, fail: r.fail}
+	r.fsm = &fsm{store: cfg.Store, fail: r.fail, learned: r.learned, configured: r.configured}
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("data directory %s: %w", cfg.Dir, cause(err))
 	}
@@ -141,12 +211,27 @@ func Open(cfg Config) (_ *Replica, err error) {
 			r.disk.close()
 		}
 	}()
-	if err := r.startRaft(cfg); err != nil {
+	if cfg.PeerAddress != "" {
+		if r.peers, err = listenPeers(r); err != nil {
+			return nil, err
+		}
+		defer func() {
+			if err != nil {
+				r.peers.close()
+			}
+		}()
+	}
+	if err := r.startRaft(); err != nil {
 		return nil, err
 	}
 	r.group.Add(2)
 	go r.watch()
 	go r.answer()
+	if r.peers != nil {
+		r.group.Add(2)
+		go r.findLeader()
+		go r.guard()
+	}
 	return r, nil
 }
 
@@ -184,14 +269,20 @@ func lockDirectory(dir string) (*os.File, error) {
 
 // identify reads who this node is, or makes it up on the first start.
 func (r *Replica) identify() error {
-	file := filepath.Join(r.dir, "identity.json")
+	file := filepath.Join(r.dir, identityFile)
 	text, err := os.ReadFile(file)
 	if err == nil {
-		var id identity
-		if err := json.Unmarshal(text, &id); err != nil || id.ClusterID == "" || id.NodeID == "" {
+		if err := json.Unmarshal(text, &r.id); err != nil || r.id.NodeID == "" {
 			return &CorruptError{File: file, Err: machine.ErrCorrupt}
 		}
-		r.clusterID, r.nodeID = id.ClusterID, id.NodeID
+		r.nodeID = r.id.NodeID
+		switch {
+		case r.id.Removed:
+			return &RemovedError{NodeID: r.nodeID, ClusterID: r.id.ClusterID}
+		case r.cfg.NodeID != "" && r.cfg.NodeID != r.nodeID:
+			return fmt.Errorf("data directory %s belongs to node %s, not %s: start it with --node-id %s, or with another directory",
+				r.dir, r.nodeID, r.cfg.NodeID, r.nodeID)
+		}
 		return nil
 	}
 	if !errors.Is(err, os.ErrNotExist) {
@@ -200,17 +291,36 @@ func (r *Replica) identify() error {
 	if _, err := os.Stat(filepath.Join(r.dir, metaFile)); err == nil {
 		return &CorruptError{File: file, Err: os.ErrNotExist}
 	}
-	var random [8]byte
-	rand.Read(random[:])
-	id := identity{ClusterID: hex.EncodeToString(random[:]), NodeID: "n1"}
-	text, err = json.Marshal(id)
+	r.nodeID = orDefault(r.cfg.NodeID, "n1")
+	if r.cfg.InitialCluster != nil && r.cfg.InitialCluster[r.nodeID] == "" {
+		return fmt.Errorf("the initial cluster does not name this node, %s", r.nodeID)
+	}
+	if err := r.saveIdentity(func(id *identity) { id.NodeID = r.nodeID }); err != nil {
+		return fmt.Errorf("data directory %s: cannot be written: %w", r.dir, cause(err))
+	}
+	return nil
+}
+
+const identityFile = "identity.json"
+
+// saveIdentity changes what the directory says of this node.
+func (r *Replica) saveIdentity(change func(*identity)) error {
+	r.saving.Lock()
+	defer r.saving.Unlock()
+	r.mu.Lock()
+	id := r.id
+	r.mu.Unlock()
+	change(&id)
+	text, err := json.Marshal(id)
 	if err != nil {
 		return err
 	}
-	if err := writeFile(file, append(text, '\n')); err != nil {
-		return fmt.Errorf("data directory %s: cannot be written: %w", r.dir, cause(err))
+	if err := writeFile(filepath.Join(r.dir, identityFile), append(text, '\n')); err != nil {
+		return err
 	}
-	r.clusterID, r.nodeID = id.ClusterID, id.NodeID
+	r.mu.Lock()
+	r.id = id
+	r.mu.Unlock()
 	return nil
 }
 
@@ -239,37 +349,81 @@ func writeFile(file string, text []byte) error {
 	return dir.Sync()
 }
 
-func (r *Replica) startRaft(cfg Config) error {
-	address, transport := raft.NewInmemTransport(raft.ServerAddress(r.nodeID))
+func (r *Replica) startRaft() error {
+	cfg := r.cfg
 	config := raft.DefaultConfig()
 	config.LocalID = raft.ServerID(r.nodeID)
-	config.HeartbeatTimeout, config.ElectionTimeout = electionTimeout, electionTimeout
-	config.LeaderLeaseTimeout, config.CommitTimeout = electionTimeout, electionTimeout
+	timeout := cfg.ElectionTimeout
+	if r.peers == nil {
+		timeout = loneElectionTimeout
+	}
+	config.HeartbeatTimeout, config.ElectionTimeout = timeout, timeout
+	config.LeaderLeaseTimeout, config.CommitTimeout = timeout, min(timeout, 20*time.Millisecond)
 	config.SnapshotInterval, config.SnapshotThreshold = cfg.SnapshotInterval, cfg.SnapshotEntries
 	config.TrailingLogs = cfg.TrailingEntries
 	config.BatchApplyCh = true
+	config.ShutdownOnRemove = false // it is ours to say so
 	config.Logger = quiet(cfg.Logger.Named("raft"), nil)
+
+	var transport raft.Transport
+	address := raft.ServerAddress(cfg.PeerAddress)
+	if r.peers == nil {
+		address, transport = raft.NewInmemTransport(raft.ServerAddress(r.nodeID))
+	} else {
+		transport = r.peers.raftTransport()
+	}
 	existing, err := raft.HasExistingState(r.disk, r.disk, r.disk.snapshots)
 	if err != nil {
 		return &CorruptError{File: r.dir, Err: err}
 	}
-	if !existing {
-		members := raft.Configuration{Servers: []raft.Server{{ID: config.LocalID, Address: address}}}
-		if err := raft.BootstrapCluster(config, r.disk, r.disk, r.disk.snapshots, transport, members); err != nil {
+	if !existing && !cfg.Join {
+		servers := raft.Configuration{Servers: []raft.Server{{ID: config.LocalID, Address: address}}}
+		if cfg.InitialCluster != nil {
+			servers.Servers = nil
+			for _, id := range slices.Sorted(maps.Keys(cfg.InitialCluster)) {
+				servers.Servers = append(servers.Servers, raft.Server{ID: raft.ServerID(id), Address: raft.ServerAddress(cfg.InitialCluster[id])})
+			}
+		}
+		if err := raft.BootstrapCluster(config, r.disk, r.disk, r.disk.snapshots, transport, servers); err != nil {
 			return fmt.Errorf("data directory %s: %w", r.dir, cause(err))
 		}
 	}
 	if r.raft, err = raft.NewRaft(config, r.fsm, r.disk, r.disk, r.disk.snapshots, transport); err != nil {
 		return &CorruptError{File: r.dir, Err: err}
 	}
+	if n := len(r.configuration().servers.Servers); n > 1 && r.peers == nil {
+		r.raft.Shutdown().Error()
+		return fmt.Errorf("data directory %s is of a member of a cluster of %d: give this node's --peer-address", r.dir, n)
+	}
+	if r.peers != nil {
+		r.peers.serve()
+	}
 	return nil
+}
+
+// configuration is the latest one, which may not be committed yet.
+func (r *Replica) configuration() configuration {
+	f := r.raft.GetConfiguration() // answered from memory
+	return configuration{f.Index(), f.Configuration()}
 }
 
 // NodeID names this member.
 func (r *Replica) NodeID() string { return r.nodeID }
 
-// ClusterID names the cluster: it is made at random with the data directory.
-func (r *Replica) ClusterID() string { return r.clusterID }
+// ClusterID names the cluster; "" until a new one has been led for the first
+// time. It is made at random.
+func (r *Replica) ClusterID() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.id.ClusterID
+}
+
+// Restored says which backup this history began with; nil for none.
+func (r *Replica) Restored() *Restored {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.note.Restored
+}
 
 // AppliedIndex is the last log entry that has been applied.
 func (r *Replica) AppliedIndex() uint64 { return r.raft.AppliedIndex() }
@@ -310,7 +464,7 @@ func (r *Replica) answer() {
 
 func result(future raft.ApplyFuture) (machine.Outcome, error) {
 	if err := future.Error(); err != nil {
-		if errors.Is(err, raft.ErrNotLeader) {
+		if errors.Is(err, raft.ErrNotLeader) || errors.Is(err, raft.ErrLeadershipTransferInProgress) {
 			return machine.Outcome{}, lease.ErrNotLeader
 		}
 		return machine.Outcome{}, fmt.Errorf("%w: %w", lease.ErrOutcomeUnknown, err)
@@ -320,47 +474,6 @@ func result(future raft.ApplyFuture) (machine.Outcome, error) {
 		return machine.Outcome{}, lease.ErrOutcomeUnknown
 	}
 	return out, nil
-}
-
-// Confirm implements lease.Log. A lone member leads as long as it has not been
-// told otherwise: there is nobody who could have elected another.
-func (r *Replica) Confirm(term uint64, done func(error)) {
-	if r.raft.State() != raft.Leader || r.raft.CurrentTerm() != term || r.Err() != nil {
-		done(lease.ErrNotLeader)
-		return
-	}
-	done(nil)
-}
-
-// Leadership implements lease.Log.
-func (r *Replica) Leadership() <-chan lease.Leadership { return r.leadership }
-
-// watch turns raft's word on leadership into ours: led only once everything
-// before the term is applied.
-func (r *Replica) watch() {
-	defer r.group.Done()
-	defer close(r.leadership)
-	changes := r.raft.LeaderCh()
-	for {
-		state := lease.Leadership{}
-		select {
-		case <-r.closing:
-			return
-		case leads := <-changes:
-			if leads {
-				term := r.raft.CurrentTerm()
-				if err := r.raft.Barrier(0).Error(); err != nil || r.raft.CurrentTerm() != term || r.raft.State() != raft.Leader {
-					continue // another change is on its way
-				}
-				state = lease.Leadership{Leader: true, Term: term}
-			}
-		}
-		select {
-		case r.leadership <- state:
-		case <-r.closing:
-			return
-		}
-	}
 }
 
 // Err implements lease.Log.
@@ -395,65 +508,13 @@ func (r *Replica) Close() error {
 		close(r.closing)
 	}
 	r.mu.Unlock()
+	if r.peers != nil {
+		r.peers.stop()
+	}
 	err := r.raft.Shutdown().Error()
 	r.group.Wait()
+	if r.peers != nil {
+		r.peers.close()
+	}
 	return errors.Join(err, r.disk.close(), r.lock.Close())
 }
-
-// fsm applies entries to the store. Raft calls it on one goroutine.
-type fsm struct {
-	store   *lease.Store
-	fail    func(error)
-	stopped bool // an entry could not be applied: none after it may be
-}
-
-// Apply implements raft.FSM.
-func (f *fsm) Apply(l *raft.Log) any {
-	if f.stopped {
-		return lease.ErrOutcomeUnknown
-	}
-	batch, err := machine.DecodeBatch(l.Data)
-	if err != nil {
-		f.stopped = true
-		f.fail(fmt.Errorf("log entry %d: %w", l.Index, err))
-		return err
-	}
-	batch.Term = l.Term
-	return f.store.Apply(batch)
-}
-
-// Snapshot implements raft.FSM: a copy-on-write view, whatever the size.
-func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
-	if f.stopped {
-		return nil, lease.ErrLogFailed
-	}
-	return snapshot{f.store.View()}, nil
-}
-
-// Restore implements raft.FSM.
-func (f *fsm) Restore(from io.ReadCloser) error {
-	defer from.Close()
-	m, err := machine.Restore(bufio.NewReaderSize(from, 1<<20).Read)
-	if err != nil {
-		return err
-	}
-	f.store.Restore(m)
-	return nil
-}
-
-type snapshot struct{ view *machine.Machine }
-
-// Persist implements raft.FSMSnapshot, beside everything else.
-func (s snapshot) Persist(sink raft.SnapshotSink) error {
-	err := s.view.Snapshot(func(chunk []byte) error {
-		_, err := sink.Write(chunk)
-		return err
-	})
-	if err != nil {
-		return errors.Join(err, sink.Cancel())
-	}
-	return sink.Close()
-}
-
-// Release implements raft.FSMSnapshot.
-func (s snapshot) Release() {}

@@ -188,6 +188,10 @@ func copyDir(t *testing.T, from string) string {
 	return to
 }
 
+// beforeMagic is what raft-wal writes of an entry before our part of it: the
+// frame's header and the entry's, while indexes are below 128.
+const beforeMagic = 8 + 4
+
 // used is where the written part of a segment ends.
 func used(text []byte) int {
 	n := len(text)
@@ -207,7 +211,7 @@ func TestTornTail(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	last := strings.LastIndex(string(text), string(entryMagic[:])) - 8
+	last := strings.LastIndex(string(text), string(entryMagic[:])) - beforeMagic
 	for cut := last; cut <= used(text); cut += 3 {
 		torn := copyDir(t, dir)
 		damaged := append([]byte(nil), text...)
@@ -241,7 +245,7 @@ func TestFlippedBits(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	last := strings.LastIndex(string(text), string(entryMagic[:])) - 8
+	last := strings.LastIndex(string(text), string(entryMagic[:])) - beforeMagic
 	refused := 0
 	for at := 0; at < last; at += 7 {
 		flipped := copyDir(t, dir)

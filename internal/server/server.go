@@ -4,10 +4,12 @@ package server
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
 	"strconv"
+	"sync"
 	"syscall"
 	"time"
 
@@ -29,6 +31,19 @@ type Config struct {
 
 	DataDir  string // default "distlock-data"
 	InMemory bool   // keep nothing on disk; DataDir is not used
+
+	// Of a member of a cluster; a server without PeerAddress is alone.
+	NodeID         string            // default: the data directory's, n1 in a new one
+	PeerAddress    string            // where the other members reach this one
+	PeerListen     string            // where to listen for them; default PeerAddress
+	InitialCluster map[string]string // peer addresses by node id, of a new cluster
+	Join           string            // client address of a member of the cluster to join
+	Learner        bool              // join without a vote
+	// AdvertiseAddress is where clients reach this node; default: where it
+	// listens or, if that is every address, at the peer address's host.
+	AdvertiseAddress string
+	PeerTLS          *tls.Config   // default: none
+	ElectionTimeout  time.Duration // default 200ms
 
 	// MaxWorkers bounds the requests being worked on at once; 0 for no bound.
 	MaxWorkers      int
@@ -98,6 +113,16 @@ func (c *Config) validate() error {
 		return fmt.Errorf("the time to drain must not be negative, and is %v", c.DrainTimeout)
 	case b.MinTTL < 0 || b.MaxTTL < 0 || b.MinTTL > 0 && b.MaxTTL > 0 && b.MinTTL > b.MaxTTL:
 		return fmt.Errorf("the TTL bounds are the wrong way round: %v to %v", b.MinTTL, b.MaxTTL)
+	case c.InMemory && c.PeerAddress != "":
+		return errors.New("a member of a cluster keeps its log on disk: give --in-memory or --peer-address, not both")
+	case c.PeerAddress == "" && (c.InitialCluster != nil || c.Join != ""):
+		return errors.New("a member of a cluster needs a --peer-address, where the others reach it")
+	case c.InitialCluster != nil && c.Join != "":
+		return errors.New("give --initial-cluster, for a new cluster, or --join, for one that runs, not both")
+	case c.InitialCluster != nil && c.InitialCluster[c.NodeID] != c.PeerAddress:
+		return fmt.Errorf("--initial-cluster must name this node: %s=%s", c.NodeID, c.PeerAddress)
+	case c.ElectionTimeout < 0 || c.ElectionTimeout > 0 && c.ElectionTimeout < 50*time.Millisecond:
+		return fmt.Errorf("the election timeout must be at least 50ms, and is %v", c.ElectionTimeout)
 	case b.MaxLockDelay < 0 || b.MaxNamesPerCall < 0 || b.MaxLeases < 0 || b.MaxLocks < 0 || b.MaxWaiters < 0:
 		return errors.New("a bound must not be negative")
 	}
@@ -141,9 +166,17 @@ func (s *Server) open() error {
 	if s.cfg.InMemory {
 		s.log = lease.NewMemoryLog(store)
 	} else {
-		r, err := replica.Open(replica.Config{Dir: s.cfg.DataDir, Store: store, Logger: s.cfg.Logger})
+		r, err := replica.Open(replica.Config{
+			Dir: s.cfg.DataDir, Store: store, Logger: s.cfg.Logger, Version: s.cfg.Version,
+			NodeID: s.cfg.NodeID, PeerAddress: s.cfg.PeerAddress, PeerListen: s.cfg.PeerListen,
+			InitialCluster: s.cfg.InitialCluster, Join: s.cfg.Join != "", PeerTLS: s.cfg.PeerTLS,
+			ElectionTimeout: s.cfg.ElectionTimeout, ClientAddress: s.clientAddress(),
+		})
 		if err != nil {
 			return err
+		}
+		if err := r.ForeignPeers(); err != nil {
+			return errors.Join(err, r.Close())
 		}
 		s.log, s.replica = r, r
 	}
@@ -154,20 +187,43 @@ func (s *Server) open() error {
 		return errors.Join(err, s.log.Close())
 	}
 	s.manager = manager
-	s.transport = transport.NewServer(transport.Config{
+	config := transport.Config{
 		Manager: manager, Node: s.node, Logger: s.cfg.Logger,
 		Workers: s.cfg.MaxWorkers, MaxMessageBytes: s.cfg.MaxMessageBytes,
-	})
+	}
+	if s.replica != nil {
+		config.Cluster = s.replica
+	}
+	s.transport = transport.NewServer(config)
 	return nil
+}
+
+// clientAddress is where clients reach this server.
+func (s *Server) clientAddress() string {
+	if s.cfg.AdvertiseAddress != "" {
+		return s.cfg.AdvertiseAddress
+	}
+	host, port, err := net.SplitHostPort(s.Addr().String())
+	if err != nil {
+		return s.Addr().String()
+	}
+	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() && s.cfg.PeerAddress != "" {
+		if peer, _, err := net.SplitHostPort(s.cfg.PeerAddress); err == nil {
+			host = peer
+		}
+	}
+	return net.JoinHostPort(host, port)
 }
 
 func (s *Server) node() transport.Node {
 	n := transport.Node{
-		ID: "n1", Version: s.cfg.Version, ClientAddress: s.Addr().String(),
-		InMemory: s.cfg.InMemory, StartedAt: s.started,
+		ID: "n1", Version: s.cfg.Version, ClientAddress: s.clientAddress(), InMemory: s.cfg.InMemory, StartedAt: s.started,
 	}
 	if s.replica != nil {
-		n.ID, n.ClusterID, n.AppliedIndex = s.replica.NodeID(), s.replica.ClusterID(), s.replica.AppliedIndex()
+		n.ID, n.ClusterID = s.replica.NodeID(), s.replica.ClusterID()
+		if r := s.replica.Restored(); r != nil {
+			n.Restored = &transport.Restored{At: r.At, BackupAt: r.BackupAt, ClusterID: r.ClusterID, TokensAbove: r.TokensAbove}
+		}
 	}
 	return n
 }
@@ -183,8 +239,12 @@ func (s *Server) Run(ctx context.Context) error {
 	if s.cfg.InMemory {
 		durability, dir = "in memory: a restart forgets everything but the order of tokens", ""
 	}
-	s.cfg.Logger.Info("distlock serves", zap.Stringer("address", s.Addr()), zap.String("dataDir", dir),
-		zap.String("durability", durability), zap.String("version", s.cfg.Version))
+	fields := []zap.Field{zap.Stringer("address", s.Addr()), zap.String("dataDir", dir),
+		zap.String("durability", durability), zap.String("version", s.cfg.Version)}
+	if s.cfg.PeerAddress != "" {
+		fields = append(fields, zap.String("node", s.replica.NodeID()), zap.String("peerAddress", s.cfg.PeerAddress))
+	}
+	s.cfg.Logger.Info("distlock serves", fields...)
 
 	loop, stopLoop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopLoop()
@@ -192,21 +252,52 @@ func (s *Server) Run(ctx context.Context) error {
 	go func() { managed <- s.manager.Run(loop) }()
 	served := make(chan error, 1)
 	go func() {
-		// Calls that arrive before the log leads wait in the listen queue.
-		select {
-		case <-s.manager.Ready():
-			s.transport.SetServing(true)
-		case <-loop.Done():
+		if s.cfg.PeerAddress == "" {
+			// Calls that arrive before the log leads wait in the listen queue.
+			select {
+			case <-s.manager.Ready():
+				s.transport.SetServing(true)
+			case <-loop.Done():
+			}
 		}
 		served <- s.transport.Serve(s.listener)
 	}()
+	var group sync.WaitGroup
+	defer group.Wait()
+	joined := make(chan error, 1)
+	if s.cfg.PeerAddress != "" {
+		group.Add(3)
+		go func() { // ends with the replica
+			defer group.Done()
+			s.transport.ServePeers(s.replica.Forwarded(s.transport.Detach))
+		}()
+		go func() {
+			defer group.Done()
+			if _, err := s.replica.Leader(loop); err == nil {
+				s.transport.SetServing(true)
+			}
+		}()
+		go func() {
+			defer group.Done()
+			if err := s.join(loop); err != nil {
+				joined <- err
+			}
+		}()
+	}
 
 	var err error
 	select {
 	case <-ctx.Done():
 		s.cfg.Logger.Info("stopping: calls under way may finish", zap.Duration("within", s.cfg.DrainTimeout))
 		s.transport.SetServing(false)
+		if s.cfg.PeerAddress != "" {
+			if _, err := s.replica.TransferLeadership(""); err != nil && !errors.Is(err, lease.ErrNotLeader) {
+				s.cfg.Logger.Info("the leadership was not handed over", zap.Error(err))
+			}
+		}
 		s.manager.Drain()
+	case err = <-joined:
+		s.transport.SetServing(false)
 	case err = <-managed:
 		managed <- nil
 		if err == nil {

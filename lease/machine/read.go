@@ -79,6 +79,18 @@ func (m *Machine) EachLease(fn func(id LeaseID, ttl Duration, own, waiting bool,
 	})
 }
 
+// EachWaiter calls fn for every waiting acquisition, until it returns false.
+// own tells that its lease was made with it.
+func (m *Machine) EachWaiter(fn func(id LeaseID, own bool, request RequestID) bool) {
+	m.queues.Scan(func(p place) bool {
+		if a := p.acq; p.key == a.names[0] {
+			l := m.lease(a.lease)
+			return fn(a.lease, l != nil && l.own, a.request)
+		}
+		return true
+	})
+}
+
 // EachDelay calls fn for every lock-delay that has not ended.
 func (m *Machine) EachDelay(fn func(name string, d Delay) bool) {
 	m.locks.Scan(func(k *lock) bool {

@@ -30,6 +30,59 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// Consistency says what a read may miss.
+type Consistency int32
+
+const (
+	Consistency_CONSISTENCY_UNSPECIFIED Consistency = 0 // taken as CONSISTENCY_LINEARIZABLE
+	// The answer has every change acknowledged before the question: the leader
+	// first makes sure that it still leads.
+	Consistency_CONSISTENCY_LINEARIZABLE Consistency = 1
+	// What the node that is asked has, which may be behind.
+	Consistency_CONSISTENCY_STALE Consistency = 2
+)
+
+// Enum value maps for Consistency.
+var (
+	Consistency_name = map[int32]string{
+		0: "CONSISTENCY_UNSPECIFIED",
+		1: "CONSISTENCY_LINEARIZABLE",
+		2: "CONSISTENCY_STALE",
+	}
+	Consistency_value = map[string]int32{
+		"CONSISTENCY_UNSPECIFIED":  0,
+		"CONSISTENCY_LINEARIZABLE": 1,
+		"CONSISTENCY_STALE":        2,
+	}
+)
+
+func (x Consistency) Enum() *Consistency {
+	p := new(Consistency)
+	*p = x
+	return p
+}
+
+func (x Consistency) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Consistency) Descriptor() protoreflect.EnumDescriptor {
+	return file_distlock_v1_distlock_proto_enumTypes[0].Descriptor()
+}
+
+func (Consistency) Type() protoreflect.EnumType {
+	return &file_distlock_v1_distlock_proto_enumTypes[0]
+}
+
+func (x Consistency) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Consistency.Descriptor instead.
+func (Consistency) EnumDescriptor() ([]byte, []int) {
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{0}
+}
+
 // Mode says whether a hold excludes all others.
 type Mode int32
 
@@ -64,11 +117,11 @@ func (x Mode) String() string {
 }
 
 func (Mode) Descriptor() protoreflect.EnumDescriptor {
-	return file_distlock_v1_distlock_proto_enumTypes[0].Descriptor()
+	return file_distlock_v1_distlock_proto_enumTypes[1].Descriptor()
 }
 
 func (Mode) Type() protoreflect.EnumType {
-	return &file_distlock_v1_distlock_proto_enumTypes[0]
+	return &file_distlock_v1_distlock_proto_enumTypes[1]
 }
 
 func (x Mode) Number() protoreflect.EnumNumber {
@@ -77,7 +130,7 @@ func (x Mode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Mode.Descriptor instead.
 func (Mode) EnumDescriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{0}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{1}
 }
 
 // EndCause says how a hold or lease ended.
@@ -123,11 +176,11 @@ func (x EndCause) String() string {
 }
 
 func (EndCause) Descriptor() protoreflect.EnumDescriptor {
-	return file_distlock_v1_distlock_proto_enumTypes[1].Descriptor()
+	return file_distlock_v1_distlock_proto_enumTypes[2].Descriptor()
 }
 
 func (EndCause) Type() protoreflect.EnumType {
-	return &file_distlock_v1_distlock_proto_enumTypes[1]
+	return &file_distlock_v1_distlock_proto_enumTypes[2]
 }
 
 func (x EndCause) Number() protoreflect.EnumNumber {
@@ -136,7 +189,7 @@ func (x EndCause) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use EndCause.Descriptor instead.
 func (EndCause) EnumDescriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{1}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{2}
 }
 
 type Event_Kind int32
@@ -192,11 +245,11 @@ func (x Event_Kind) String() string {
 }
 
 func (Event_Kind) Descriptor() protoreflect.EnumDescriptor {
-	return file_distlock_v1_distlock_proto_enumTypes[2].Descriptor()
+	return file_distlock_v1_distlock_proto_enumTypes[3].Descriptor()
 }
 
 func (Event_Kind) Type() protoreflect.EnumType {
-	return &file_distlock_v1_distlock_proto_enumTypes[2]
+	return &file_distlock_v1_distlock_proto_enumTypes[3]
 }
 
 func (x Event_Kind) Number() protoreflect.EnumNumber {
@@ -745,6 +798,7 @@ func (*AbandonResponse) Descriptor() ([]byte, []int) {
 type GetRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Consistency   Consistency            `protobuf:"varint,2,opt,name=consistency,proto3,enum=distlock.v1.Consistency" json:"consistency,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -784,6 +838,13 @@ func (x *GetRequest) GetName() string {
 		return x.Name
 	}
 	return ""
+}
+
+func (x *GetRequest) GetConsistency() Consistency {
+	if x != nil {
+		return x.Consistency
+	}
+	return Consistency_CONSISTENCY_UNSPECIFIED
 }
 
 type GetResponse struct {
@@ -842,8 +903,9 @@ type ListRequest struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Prefix string                 `protobuf:"bytes,1,opt,name=prefix,proto3" json:"prefix,omitempty"`
 	// 1 to 1000; 0 for 100. A page of large locks may hold fewer.
-	PageSize      int32  `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
-	PageToken     string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	PageSize      int32       `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	PageToken     string      `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	Consistency   Consistency `protobuf:"varint,4,opt,name=consistency,proto3,enum=distlock.v1.Consistency" json:"consistency,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -897,6 +959,13 @@ func (x *ListRequest) GetPageToken() string {
 		return x.PageToken
 	}
 	return ""
+}
+
+func (x *ListRequest) GetConsistency() Consistency {
+	if x != nil {
+		return x.Consistency
+	}
+	return Consistency_CONSISTENCY_UNSPECIFIED
 }
 
 type ListResponse struct {
@@ -2038,6 +2107,7 @@ func (*RevokeResponse) Descriptor() ([]byte, []int) {
 type GetLeaseRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	LeaseId       uint64                 `protobuf:"varint,1,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
+	Consistency   Consistency            `protobuf:"varint,2,opt,name=consistency,proto3,enum=distlock.v1.Consistency" json:"consistency,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2077,6 +2147,13 @@ func (x *GetLeaseRequest) GetLeaseId() uint64 {
 		return x.LeaseId
 	}
 	return 0
+}
+
+func (x *GetLeaseRequest) GetConsistency() Consistency {
+	if x != nil {
+		return x.Consistency
+	}
+	return Consistency_CONSISTENCY_UNSPECIFIED
 }
 
 type GetLeaseResponse struct {
@@ -2127,6 +2204,7 @@ type ListLeasesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	PageSize      int32                  `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	PageToken     string                 `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	Consistency   Consistency            `protobuf:"varint,3,opt,name=consistency,proto3,enum=distlock.v1.Consistency" json:"consistency,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2173,6 +2251,13 @@ func (x *ListLeasesRequest) GetPageToken() string {
 		return x.PageToken
 	}
 	return ""
+}
+
+func (x *ListLeasesRequest) GetConsistency() Consistency {
+	if x != nil {
+		return x.Consistency
+	}
+	return Consistency_CONSISTENCY_UNSPECIFIED
 }
 
 type ListLeasesResponse struct {
@@ -2708,20 +2793,22 @@ func (*StatusRequest) Descriptor() ([]byte, []int) {
 }
 
 type StatusResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Version       string                 `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
-	NodeId        string                 `protobuf:"bytes,2,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
-	ClusterId     string                 `protobuf:"bytes,3,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
-	Leader        string                 `protobuf:"bytes,4,opt,name=leader,proto3" json:"leader,omitempty"`
-	Term          uint64                 `protobuf:"varint,5,opt,name=term,proto3" json:"term,omitempty"`
-	Revision      uint64                 `protobuf:"varint,6,opt,name=revision,proto3" json:"revision,omitempty"`
-	LastToken     uint64                 `protobuf:"varint,7,opt,name=last_token,json=lastToken,proto3" json:"last_token,omitempty"`
-	Leases        int64                  `protobuf:"varint,8,opt,name=leases,proto3" json:"leases,omitempty"`
-	Locks         int64                  `protobuf:"varint,9,opt,name=locks,proto3" json:"locks,omitempty"`
-	Waiters       int64                  `protobuf:"varint,10,opt,name=waiters,proto3" json:"waiters,omitempty"`
-	InMemory      bool                   `protobuf:"varint,11,opt,name=in_memory,json=inMemory,proto3" json:"in_memory,omitempty"`
-	Members       []*Member              `protobuf:"bytes,12,rep,name=members,proto3" json:"members,omitempty"`
-	StartedAt     *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Version   string                 `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
+	NodeId    string                 `protobuf:"bytes,2,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	ClusterId string                 `protobuf:"bytes,3,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Leader    string                 `protobuf:"bytes,4,opt,name=leader,proto3" json:"leader,omitempty"`
+	Term      uint64                 `protobuf:"varint,5,opt,name=term,proto3" json:"term,omitempty"`
+	Revision  uint64                 `protobuf:"varint,6,opt,name=revision,proto3" json:"revision,omitempty"`
+	LastToken uint64                 `protobuf:"varint,7,opt,name=last_token,json=lastToken,proto3" json:"last_token,omitempty"`
+	Leases    int64                  `protobuf:"varint,8,opt,name=leases,proto3" json:"leases,omitempty"`
+	Locks     int64                  `protobuf:"varint,9,opt,name=locks,proto3" json:"locks,omitempty"`
+	Waiters   int64                  `protobuf:"varint,10,opt,name=waiters,proto3" json:"waiters,omitempty"`
+	InMemory  bool                   `protobuf:"varint,11,opt,name=in_memory,json=inMemory,proto3" json:"in_memory,omitempty"`
+	Members   []*Member              `protobuf:"bytes,12,rep,name=members,proto3" json:"members,omitempty"`
+	StartedAt *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
+	// Where this history began, when it was restored from a backup.
+	Restored      *Restored `protobuf:"bytes,14,opt,name=restored,proto3" json:"restored,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2847,6 +2934,84 @@ func (x *StatusResponse) GetStartedAt() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *StatusResponse) GetRestored() *Restored {
+	if x != nil {
+		return x.Restored
+	}
+	return nil
+}
+
+// Restored says what a history began with.
+type Restored struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	At    *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=at,proto3" json:"at,omitempty"`
+	// The cluster that the backup is of, and when it was taken.
+	ClusterId string                 `protobuf:"bytes,2,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	BackupAt  *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=backup_at,json=backupAt,proto3" json:"backup_at,omitempty"`
+	// Every token of this history is above it, every older one is not.
+	TokensAbove   uint64 `protobuf:"varint,4,opt,name=tokens_above,json=tokensAbove,proto3" json:"tokens_above,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Restored) Reset() {
+	*x = Restored{}
+	mi := &file_distlock_v1_distlock_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Restored) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Restored) ProtoMessage() {}
+
+func (x *Restored) ProtoReflect() protoreflect.Message {
+	mi := &file_distlock_v1_distlock_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Restored.ProtoReflect.Descriptor instead.
+func (*Restored) Descriptor() ([]byte, []int) {
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *Restored) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+func (x *Restored) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
+}
+
+func (x *Restored) GetBackupAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.BackupAt
+	}
+	return nil
+}
+
+func (x *Restored) GetTokensAbove() uint64 {
+	if x != nil {
+		return x.TokensAbove
+	}
+	return 0
+}
+
 type Member struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -2862,7 +3027,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[38]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2874,7 +3039,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[38]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2887,7 +3052,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{38}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Member) GetId() string {
@@ -2939,6 +3104,441 @@ func (x *Member) GetAppliedIndex() uint64 {
 	return 0
 }
 
+type AddMemberRequest struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Id          string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	PeerAddress string                 `protobuf:"bytes,2,opt,name=peer_address,json=peerAddress,proto3" json:"peer_address,omitempty"`
+	// The cluster that the node's data directory belongs to, when it has one.
+	ClusterId     string `protobuf:"bytes,3,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddMemberRequest) Reset() {
+	*x = AddMemberRequest{}
+	mi := &file_distlock_v1_distlock_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddMemberRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddMemberRequest) ProtoMessage() {}
+
+func (x *AddMemberRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_distlock_v1_distlock_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddMemberRequest.ProtoReflect.Descriptor instead.
+func (*AddMemberRequest) Descriptor() ([]byte, []int) {
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *AddMemberRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AddMemberRequest) GetPeerAddress() string {
+	if x != nil {
+		return x.PeerAddress
+	}
+	return ""
+}
+
+func (x *AddMemberRequest) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
+}
+
+type AddMemberResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId     string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddMemberResponse) Reset() {
+	*x = AddMemberResponse{}
+	mi := &file_distlock_v1_distlock_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddMemberResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddMemberResponse) ProtoMessage() {}
+
+func (x *AddMemberResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_distlock_v1_distlock_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddMemberResponse.ProtoReflect.Descriptor instead.
+func (*AddMemberResponse) Descriptor() ([]byte, []int) {
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *AddMemberResponse) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
+}
+
+type PromoteMemberRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PromoteMemberRequest) Reset() {
+	*x = PromoteMemberRequest{}
+	mi := &file_distlock_v1_distlock_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PromoteMemberRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PromoteMemberRequest) ProtoMessage() {}
+
+func (x *PromoteMemberRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_distlock_v1_distlock_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PromoteMemberRequest.ProtoReflect.Descriptor instead.
+func (*PromoteMemberRequest) Descriptor() ([]byte, []int) {
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *PromoteMemberRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type PromoteMemberResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PromoteMemberResponse) Reset() {
+	*x = PromoteMemberResponse{}
+	mi := &file_distlock_v1_distlock_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PromoteMemberResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PromoteMemberResponse) ProtoMessage() {}
+
+func (x *PromoteMemberResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_distlock_v1_distlock_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PromoteMemberResponse.ProtoReflect.Descriptor instead.
+func (*PromoteMemberResponse) Descriptor() ([]byte, []int) {
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{43}
+}
+
+type RemoveMemberRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveMemberRequest) Reset() {
+	*x = RemoveMemberRequest{}
+	mi := &file_distlock_v1_distlock_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveMemberRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveMemberRequest) ProtoMessage() {}
+
+func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_distlock_v1_distlock_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveMemberRequest.ProtoReflect.Descriptor instead.
+func (*RemoveMemberRequest) Descriptor() ([]byte, []int) {
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *RemoveMemberRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type RemoveMemberResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveMemberResponse) Reset() {
+	*x = RemoveMemberResponse{}
+	mi := &file_distlock_v1_distlock_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveMemberResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveMemberResponse) ProtoMessage() {}
+
+func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_distlock_v1_distlock_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveMemberResponse.ProtoReflect.Descriptor instead.
+func (*RemoveMemberResponse) Descriptor() ([]byte, []int) {
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{45}
+}
+
+type TransferLeadershipRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Empty for whichever voter is furthest.
+	Id            string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TransferLeadershipRequest) Reset() {
+	*x = TransferLeadershipRequest{}
+	mi := &file_distlock_v1_distlock_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TransferLeadershipRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TransferLeadershipRequest) ProtoMessage() {}
+
+func (x *TransferLeadershipRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_distlock_v1_distlock_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TransferLeadershipRequest.ProtoReflect.Descriptor instead.
+func (*TransferLeadershipRequest) Descriptor() ([]byte, []int) {
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *TransferLeadershipRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type TransferLeadershipResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Leader        string                 `protobuf:"bytes,1,opt,name=leader,proto3" json:"leader,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TransferLeadershipResponse) Reset() {
+	*x = TransferLeadershipResponse{}
+	mi := &file_distlock_v1_distlock_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TransferLeadershipResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TransferLeadershipResponse) ProtoMessage() {}
+
+func (x *TransferLeadershipResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_distlock_v1_distlock_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TransferLeadershipResponse.ProtoReflect.Descriptor instead.
+func (*TransferLeadershipResponse) Descriptor() ([]byte, []int) {
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *TransferLeadershipResponse) GetLeader() string {
+	if x != nil {
+		return x.Leader
+	}
+	return ""
+}
+
+type BackupRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupRequest) Reset() {
+	*x = BackupRequest{}
+	mi := &file_distlock_v1_distlock_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupRequest) ProtoMessage() {}
+
+func (x *BackupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_distlock_v1_distlock_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
+func (*BackupRequest) Descriptor() ([]byte, []int) {
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{48}
+}
+
+type BackupResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The next piece of the backup's file.
+	Chunk         []byte `protobuf:"bytes,1,opt,name=chunk,proto3" json:"chunk,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupResponse) Reset() {
+	*x = BackupResponse{}
+	mi := &file_distlock_v1_distlock_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupResponse) ProtoMessage() {}
+
+func (x *BackupResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_distlock_v1_distlock_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupResponse.ProtoReflect.Descriptor instead.
+func (*BackupResponse) Descriptor() ([]byte, []int) {
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *BackupResponse) GetChunk() []byte {
+	if x != nil {
+		return x.Chunk
+	}
+	return nil
+}
+
 type KeepAliveResponse_Result struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	LeaseId uint64                 `protobuf:"varint,1,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
@@ -2952,7 +3552,7 @@ type KeepAliveResponse_Result struct {
 
 func (x *KeepAliveResponse_Result) Reset() {
 	*x = KeepAliveResponse_Result{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[43]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2964,7 +3564,7 @@ func (x *KeepAliveResponse_Result) String() string {
 func (*KeepAliveResponse_Result) ProtoMessage() {}
 
 func (x *KeepAliveResponse_Result) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[43]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3050,18 +3650,20 @@ const file_distlock_v1_distlock_proto_rawDesc = "" +
 	"\n" +
 	"request_id\x18\x01 \x01(\x04R\trequestId\x12\x19\n" +
 	"\blease_id\x18\x02 \x01(\x04R\aleaseId\"\x11\n" +
-	"\x0fAbandonResponse\" \n" +
+	"\x0fAbandonResponse\"\\\n" +
 	"\n" +
 	"GetRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"P\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12:\n" +
+	"\vconsistency\x18\x02 \x01(\x0e2\x18.distlock.v1.ConsistencyR\vconsistency\"P\n" +
 	"\vGetResponse\x12%\n" +
 	"\x04lock\x18\x01 \x01(\v2\x11.distlock.v1.LockR\x04lock\x12\x1a\n" +
-	"\brevision\x18\x02 \x01(\x04R\brevision\"a\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\"\x9d\x01\n" +
 	"\vListRequest\x12\x16\n" +
 	"\x06prefix\x18\x01 \x01(\tR\x06prefix\x12\x1b\n" +
 	"\tpage_size\x18\x02 \x01(\x05R\bpageSize\x12\x1d\n" +
 	"\n" +
-	"page_token\x18\x03 \x01(\tR\tpageToken\"{\n" +
+	"page_token\x18\x03 \x01(\tR\tpageToken\x12:\n" +
+	"\vconsistency\x18\x04 \x01(\x0e2\x18.distlock.v1.ConsistencyR\vconsistency\"{\n" +
 	"\fListResponse\x12'\n" +
 	"\x05locks\x18\x01 \x03(\v2\x11.distlock.v1.LockR\x05locks\x12&\n" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\x12\x1a\n" +
@@ -3170,15 +3772,17 @@ const file_distlock_v1_distlock_proto_rawDesc = "" +
 	"\rRevokeRequest\x12\x19\n" +
 	"\blease_id\x18\x01 \x01(\x04R\aleaseId\x12\x0e\n" +
 	"\x02by\x18\x02 \x01(\tR\x02by\"\x10\n" +
-	"\x0eRevokeResponse\",\n" +
+	"\x0eRevokeResponse\"h\n" +
 	"\x0fGetLeaseRequest\x12\x19\n" +
-	"\blease_id\x18\x01 \x01(\x04R\aleaseId\"<\n" +
+	"\blease_id\x18\x01 \x01(\x04R\aleaseId\x12:\n" +
+	"\vconsistency\x18\x02 \x01(\x0e2\x18.distlock.v1.ConsistencyR\vconsistency\"<\n" +
 	"\x10GetLeaseResponse\x12(\n" +
-	"\x05lease\x18\x01 \x01(\v2\x12.distlock.v1.LeaseR\x05lease\"O\n" +
+	"\x05lease\x18\x01 \x01(\v2\x12.distlock.v1.LeaseR\x05lease\"\x8b\x01\n" +
 	"\x11ListLeasesRequest\x12\x1b\n" +
 	"\tpage_size\x18\x01 \x01(\x05R\bpageSize\x12\x1d\n" +
 	"\n" +
-	"page_token\x18\x02 \x01(\tR\tpageToken\"h\n" +
+	"page_token\x18\x02 \x01(\tR\tpageToken\x12:\n" +
+	"\vconsistency\x18\x03 \x01(\x0e2\x18.distlock.v1.ConsistencyR\vconsistency\"h\n" +
 	"\x12ListLeasesResponse\x12*\n" +
 	"\x06leases\x18\x01 \x03(\v2\x12.distlock.v1.LeaseR\x06leases\x12&\n" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xf5\x03\n" +
@@ -3232,7 +3836,7 @@ const file_distlock_v1_distlock_proto_rawDesc = "" +
 	"\x05actor\x18\x01 \x01(\tR\x05actor\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x19\n" +
 	"\blease_id\x18\x03 \x01(\x04R\aleaseId\"\x0f\n" +
-	"\rStatusRequest\"\x98\x03\n" +
+	"\rStatusRequest\"\xcb\x03\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x17\n" +
 	"\anode_id\x18\x02 \x01(\tR\x06nodeId\x12\x1d\n" +
@@ -3250,7 +3854,14 @@ const file_distlock_v1_distlock_proto_rawDesc = "" +
 	"\tin_memory\x18\v \x01(\bR\binMemory\x12-\n" +
 	"\amembers\x18\f \x03(\v2\x13.distlock.v1.MemberR\amembers\x129\n" +
 	"\n" +
-	"started_at\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\"\xcd\x01\n" +
+	"started_at\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x121\n" +
+	"\brestored\x18\x0e \x01(\v2\x15.distlock.v1.RestoredR\brestored\"\xb1\x01\n" +
+	"\bRestored\x12*\n" +
+	"\x02at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x02 \x01(\tR\tclusterId\x127\n" +
+	"\tbackup_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\bbackupAt\x12!\n" +
+	"\ftokens_above\x18\x04 \x01(\x04R\vtokensAbove\"\xcd\x01\n" +
 	"\x06Member\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12%\n" +
 	"\x0eclient_address\x18\x02 \x01(\tR\rclientAddress\x12!\n" +
@@ -3258,7 +3869,32 @@ const file_distlock_v1_distlock_proto_rawDesc = "" +
 	"\x04role\x18\x04 \x01(\tR\x04role\x12\x16\n" +
 	"\x06leader\x18\x05 \x01(\bR\x06leader\x12\x18\n" +
 	"\ahealthy\x18\x06 \x01(\bR\ahealthy\x12#\n" +
-	"\rapplied_index\x18\a \x01(\x04R\fappliedIndex*A\n" +
+	"\rapplied_index\x18\a \x01(\x04R\fappliedIndex\"d\n" +
+	"\x10AddMemberRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
+	"\fpeer_address\x18\x02 \x01(\tR\vpeerAddress\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x03 \x01(\tR\tclusterId\"2\n" +
+	"\x11AddMemberResponse\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\tR\tclusterId\"&\n" +
+	"\x14PromoteMemberRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x17\n" +
+	"\x15PromoteMemberResponse\"%\n" +
+	"\x13RemoveMemberRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x16\n" +
+	"\x14RemoveMemberResponse\"+\n" +
+	"\x19TransferLeadershipRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"4\n" +
+	"\x1aTransferLeadershipResponse\x12\x16\n" +
+	"\x06leader\x18\x01 \x01(\tR\x06leader\"\x0f\n" +
+	"\rBackupRequest\"&\n" +
+	"\x0eBackupResponse\x12\x14\n" +
+	"\x05chunk\x18\x01 \x01(\fR\x05chunk*_\n" +
+	"\vConsistency\x12\x1b\n" +
+	"\x17CONSISTENCY_UNSPECIFIED\x10\x00\x12\x1c\n" +
+	"\x18CONSISTENCY_LINEARIZABLE\x10\x01\x12\x15\n" +
+	"\x11CONSISTENCY_STALE\x10\x02*A\n" +
 	"\x04Mode\x12\x14\n" +
 	"\x10MODE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eMODE_EXCLUSIVE\x10\x01\x12\x0f\n" +
@@ -3285,9 +3921,14 @@ const file_distlock_v1_distlock_proto_rawDesc = "" +
 	"\tKeepAlive\x12\x1d.distlock.v1.KeepAliveRequest\x1a\x1e.distlock.v1.KeepAliveResponse\x12A\n" +
 	"\x06Revoke\x12\x1a.distlock.v1.RevokeRequest\x1a\x1b.distlock.v1.RevokeResponse\x12B\n" +
 	"\x03Get\x12\x1c.distlock.v1.GetLeaseRequest\x1a\x1d.distlock.v1.GetLeaseResponse\x12G\n" +
-	"\x04List\x12\x1e.distlock.v1.ListLeasesRequest\x1a\x1f.distlock.v1.ListLeasesResponse2S\n" +
+	"\x04List\x12\x1e.distlock.v1.ListLeasesRequest\x1a\x1f.distlock.v1.ListLeasesResponse2\xf8\x03\n" +
 	"\x0eClusterService\x12A\n" +
-	"\x06Status\x12\x1a.distlock.v1.StatusRequest\x1a\x1b.distlock.v1.StatusResponseB;Z9github.com/distlock/distlock/proto/distlock/v1;distlockv1b\x06proto3"
+	"\x06Status\x12\x1a.distlock.v1.StatusRequest\x1a\x1b.distlock.v1.StatusResponse\x12J\n" +
+	"\tAddMember\x12\x1d.distlock.v1.AddMemberRequest\x1a\x1e.distlock.v1.AddMemberResponse\x12V\n" +
+	"\rPromoteMember\x12!.distlock.v1.PromoteMemberRequest\x1a\".distlock.v1.PromoteMemberResponse\x12S\n" +
+	"\fRemoveMember\x12 .distlock.v1.RemoveMemberRequest\x1a!.distlock.v1.RemoveMemberResponse\x12e\n" +
+	"\x12TransferLeadership\x12&.distlock.v1.TransferLeadershipRequest\x1a'.distlock.v1.TransferLeadershipResponse\x12C\n" +
+	"\x06Backup\x12\x1a.distlock.v1.BackupRequest\x1a\x1b.distlock.v1.BackupResponse0\x01B;Z9github.com/distlock/distlock/proto/distlock/v1;distlockv1b\x06proto3"
 
 var (
 	file_distlock_v1_distlock_proto_rawDescOnce sync.Once
@@ -3301,144 +3942,173 @@ func file_distlock_v1_distlock_proto_rawDescGZIP() []byte {
 	return file_distlock_v1_distlock_proto_rawDescData
 }
 
-var file_distlock_v1_distlock_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_distlock_v1_distlock_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
+var file_distlock_v1_distlock_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_distlock_v1_distlock_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
 var file_distlock_v1_distlock_proto_goTypes = []any{
-	(Mode)(0),                        // 0: distlock.v1.Mode
-	(EndCause)(0),                    // 1: distlock.v1.EndCause
-	(Event_Kind)(0),                  // 2: distlock.v1.Event.Kind
-	(*AcquireRequest)(nil),           // 3: distlock.v1.AcquireRequest
-	(*AcquireResponse)(nil),          // 4: distlock.v1.AcquireResponse
-	(*Grant)(nil),                    // 5: distlock.v1.Grant
-	(*GrantedLock)(nil),              // 6: distlock.v1.GrantedLock
-	(*ReleaseRequest)(nil),           // 7: distlock.v1.ReleaseRequest
-	(*ReleaseResponse)(nil),          // 8: distlock.v1.ReleaseResponse
-	(*AbandonRequest)(nil),           // 9: distlock.v1.AbandonRequest
-	(*AbandonResponse)(nil),          // 10: distlock.v1.AbandonResponse
-	(*GetRequest)(nil),               // 11: distlock.v1.GetRequest
-	(*GetResponse)(nil),              // 12: distlock.v1.GetResponse
-	(*ListRequest)(nil),              // 13: distlock.v1.ListRequest
-	(*ListResponse)(nil),             // 14: distlock.v1.ListResponse
-	(*Lock)(nil),                     // 15: distlock.v1.Lock
-	(*Holder)(nil),                   // 16: distlock.v1.Holder
-	(*Waiter)(nil),                   // 17: distlock.v1.Waiter
-	(*CheckTokenRequest)(nil),        // 18: distlock.v1.CheckTokenRequest
-	(*CheckTokenResponse)(nil),       // 19: distlock.v1.CheckTokenResponse
-	(*ForceReleaseRequest)(nil),      // 20: distlock.v1.ForceReleaseRequest
-	(*ForceReleaseResponse)(nil),     // 21: distlock.v1.ForceReleaseResponse
-	(*WatchRequest)(nil),             // 22: distlock.v1.WatchRequest
-	(*WatchResponse)(nil),            // 23: distlock.v1.WatchResponse
-	(*Event)(nil),                    // 24: distlock.v1.Event
-	(*GrantRequest)(nil),             // 25: distlock.v1.GrantRequest
-	(*GrantResponse)(nil),            // 26: distlock.v1.GrantResponse
-	(*KeepAliveRequest)(nil),         // 27: distlock.v1.KeepAliveRequest
-	(*KeepAliveResponse)(nil),        // 28: distlock.v1.KeepAliveResponse
-	(*RevokeRequest)(nil),            // 29: distlock.v1.RevokeRequest
-	(*RevokeResponse)(nil),           // 30: distlock.v1.RevokeResponse
-	(*GetLeaseRequest)(nil),          // 31: distlock.v1.GetLeaseRequest
-	(*GetLeaseResponse)(nil),         // 32: distlock.v1.GetLeaseResponse
-	(*ListLeasesRequest)(nil),        // 33: distlock.v1.ListLeasesRequest
-	(*ListLeasesResponse)(nil),       // 34: distlock.v1.ListLeasesResponse
-	(*Lease)(nil),                    // 35: distlock.v1.Lease
-	(*Problem)(nil),                  // 36: distlock.v1.Problem
-	(*Obstacle)(nil),                 // 37: distlock.v1.Obstacle
-	(*Link)(nil),                     // 38: distlock.v1.Link
-	(*StatusRequest)(nil),            // 39: distlock.v1.StatusRequest
-	(*StatusResponse)(nil),           // 40: distlock.v1.StatusResponse
-	(*Member)(nil),                   // 41: distlock.v1.Member
-	nil,                              // 42: distlock.v1.AcquireRequest.MetadataEntry
-	nil,                              // 43: distlock.v1.Holder.MetadataEntry
-	nil,                              // 44: distlock.v1.Waiter.MetadataEntry
-	nil,                              // 45: distlock.v1.GrantRequest.MetadataEntry
-	(*KeepAliveResponse_Result)(nil), // 46: distlock.v1.KeepAliveResponse.Result
-	nil,                              // 47: distlock.v1.Lease.MetadataEntry
-	(*durationpb.Duration)(nil),      // 48: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),    // 49: google.protobuf.Timestamp
+	(Consistency)(0),                   // 0: distlock.v1.Consistency
+	(Mode)(0),                          // 1: distlock.v1.Mode
+	(EndCause)(0),                      // 2: distlock.v1.EndCause
+	(Event_Kind)(0),                    // 3: distlock.v1.Event.Kind
+	(*AcquireRequest)(nil),             // 4: distlock.v1.AcquireRequest
+	(*AcquireResponse)(nil),            // 5: distlock.v1.AcquireResponse
+	(*Grant)(nil),                      // 6: distlock.v1.Grant
+	(*GrantedLock)(nil),                // 7: distlock.v1.GrantedLock
+	(*ReleaseRequest)(nil),             // 8: distlock.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),            // 9: distlock.v1.ReleaseResponse
+	(*AbandonRequest)(nil),             // 10: distlock.v1.AbandonRequest
+	(*AbandonResponse)(nil),            // 11: distlock.v1.AbandonResponse
+	(*GetRequest)(nil),                 // 12: distlock.v1.GetRequest
+	(*GetResponse)(nil),                // 13: distlock.v1.GetResponse
+	(*ListRequest)(nil),                // 14: distlock.v1.ListRequest
+	(*ListResponse)(nil),               // 15: distlock.v1.ListResponse
+	(*Lock)(nil),                       // 16: distlock.v1.Lock
+	(*Holder)(nil),                     // 17: distlock.v1.Holder
+	(*Waiter)(nil),                     // 18: distlock.v1.Waiter
+	(*CheckTokenRequest)(nil),          // 19: distlock.v1.CheckTokenRequest
+	(*CheckTokenResponse)(nil),         // 20: distlock.v1.CheckTokenResponse
+	(*ForceReleaseRequest)(nil),        // 21: distlock.v1.ForceReleaseRequest
+	(*ForceReleaseResponse)(nil),       // 22: distlock.v1.ForceReleaseResponse
+	(*WatchRequest)(nil),               // 23: distlock.v1.WatchRequest
+	(*WatchResponse)(nil),              // 24: distlock.v1.WatchResponse
+	(*Event)(nil),                      // 25: distlock.v1.Event
+	(*GrantRequest)(nil),               // 26: distlock.v1.GrantRequest
+	(*GrantResponse)(nil),              // 27: distlock.v1.GrantResponse
+	(*KeepAliveRequest)(nil),           // 28: distlock.v1.KeepAliveRequest
+	(*KeepAliveResponse)(nil),          // 29: distlock.v1.KeepAliveResponse
+	(*RevokeRequest)(nil),              // 30: distlock.v1.RevokeRequest
+	(*RevokeResponse)(nil),             // 31: distlock.v1.RevokeResponse
+	(*GetLeaseRequest)(nil),            // 32: distlock.v1.GetLeaseRequest
+	(*GetLeaseResponse)(nil),           // 33: distlock.v1.GetLeaseResponse
+	(*ListLeasesRequest)(nil),          // 34: distlock.v1.ListLeasesRequest
+	(*ListLeasesResponse)(nil),         // 35: distlock.v1.ListLeasesResponse
+	(*Lease)(nil),                      // 36: distlock.v1.Lease
+	(*Problem)(nil),                    // 37: distlock.v1.Problem
+	(*Obstacle)(nil),                   // 38: distlock.v1.Obstacle
+	(*Link)(nil),                       // 39: distlock.v1.Link
+	(*StatusRequest)(nil),              // 40: distlock.v1.StatusRequest
+	(*StatusResponse)(nil),             // 41: distlock.v1.StatusResponse
+	(*Restored)(nil),                   // 42: distlock.v1.Restored
+	(*Member)(nil),                     // 43: distlock.v1.Member
+	(*AddMemberRequest)(nil),           // 44: distlock.v1.AddMemberRequest
+	(*AddMemberResponse)(nil),          // 45: distlock.v1.AddMemberResponse
+	(*PromoteMemberRequest)(nil),       // 46: distlock.v1.PromoteMemberRequest
+	(*PromoteMemberResponse)(nil),      // 47: distlock.v1.PromoteMemberResponse
+	(*RemoveMemberRequest)(nil),        // 48: distlock.v1.RemoveMemberRequest
+	(*RemoveMemberResponse)(nil),       // 49: distlock.v1.RemoveMemberResponse
+	(*TransferLeadershipRequest)(nil),  // 50: distlock.v1.TransferLeadershipRequest
+	(*TransferLeadershipResponse)(nil), // 51: distlock.v1.TransferLeadershipResponse
+	(*BackupRequest)(nil),              // 52: distlock.v1.BackupRequest
+	(*BackupResponse)(nil),             // 53: distlock.v1.BackupResponse
+	nil,                                // 54: distlock.v1.AcquireRequest.MetadataEntry
+	nil,                                // 55: distlock.v1.Holder.MetadataEntry
+	nil,                                // 56: distlock.v1.Waiter.MetadataEntry
+	nil,                                // 57: distlock.v1.GrantRequest.MetadataEntry
+	(*KeepAliveResponse_Result)(nil),   // 58: distlock.v1.KeepAliveResponse.Result
+	nil,                                // 59: distlock.v1.Lease.MetadataEntry
+	(*durationpb.Duration)(nil),        // 60: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),      // 61: google.protobuf.Timestamp
 }
 var file_distlock_v1_distlock_proto_depIdxs = []int32{
-	0,  // 0: distlock.v1.AcquireRequest.mode:type_name -> distlock.v1.Mode
-	48, // 1: distlock.v1.AcquireRequest.ttl:type_name -> google.protobuf.Duration
-	48, // 2: distlock.v1.AcquireRequest.wait:type_name -> google.protobuf.Duration
-	48, // 3: distlock.v1.AcquireRequest.lock_delay:type_name -> google.protobuf.Duration
-	42, // 4: distlock.v1.AcquireRequest.metadata:type_name -> distlock.v1.AcquireRequest.MetadataEntry
-	5,  // 5: distlock.v1.AcquireResponse.grant:type_name -> distlock.v1.Grant
-	48, // 6: distlock.v1.Grant.ttl:type_name -> google.protobuf.Duration
-	0,  // 7: distlock.v1.Grant.mode:type_name -> distlock.v1.Mode
-	6,  // 8: distlock.v1.Grant.locks:type_name -> distlock.v1.GrantedLock
-	49, // 9: distlock.v1.Grant.granted_at:type_name -> google.protobuf.Timestamp
-	15, // 10: distlock.v1.GetResponse.lock:type_name -> distlock.v1.Lock
-	15, // 11: distlock.v1.ListResponse.locks:type_name -> distlock.v1.Lock
-	16, // 12: distlock.v1.Lock.holders:type_name -> distlock.v1.Holder
-	17, // 13: distlock.v1.Lock.waiters:type_name -> distlock.v1.Waiter
-	48, // 14: distlock.v1.Lock.delay_remaining:type_name -> google.protobuf.Duration
-	0,  // 15: distlock.v1.Holder.mode:type_name -> distlock.v1.Mode
-	49, // 16: distlock.v1.Holder.since:type_name -> google.protobuf.Timestamp
-	43, // 17: distlock.v1.Holder.metadata:type_name -> distlock.v1.Holder.MetadataEntry
-	48, // 18: distlock.v1.Holder.lock_delay:type_name -> google.protobuf.Duration
-	0,  // 19: distlock.v1.Waiter.mode:type_name -> distlock.v1.Mode
-	49, // 20: distlock.v1.Waiter.since:type_name -> google.protobuf.Timestamp
-	44, // 21: distlock.v1.Waiter.metadata:type_name -> distlock.v1.Waiter.MetadataEntry
-	24, // 22: distlock.v1.WatchResponse.events:type_name -> distlock.v1.Event
-	2,  // 23: distlock.v1.Event.kind:type_name -> distlock.v1.Event.Kind
-	0,  // 24: distlock.v1.Event.mode:type_name -> distlock.v1.Mode
-	1,  // 25: distlock.v1.Event.cause:type_name -> distlock.v1.EndCause
-	49, // 26: distlock.v1.Event.time:type_name -> google.protobuf.Timestamp
-	48, // 27: distlock.v1.Event.delay:type_name -> google.protobuf.Duration
-	48, // 28: distlock.v1.GrantRequest.ttl:type_name -> google.protobuf.Duration
-	45, // 29: distlock.v1.GrantRequest.metadata:type_name -> distlock.v1.GrantRequest.MetadataEntry
-	48, // 30: distlock.v1.GrantResponse.ttl:type_name -> google.protobuf.Duration
-	46, // 31: distlock.v1.KeepAliveResponse.results:type_name -> distlock.v1.KeepAliveResponse.Result
-	35, // 32: distlock.v1.GetLeaseResponse.lease:type_name -> distlock.v1.Lease
-	35, // 33: distlock.v1.ListLeasesResponse.leases:type_name -> distlock.v1.Lease
-	48, // 34: distlock.v1.Lease.ttl:type_name -> google.protobuf.Duration
-	48, // 35: distlock.v1.Lease.remaining:type_name -> google.protobuf.Duration
-	47, // 36: distlock.v1.Lease.metadata:type_name -> distlock.v1.Lease.MetadataEntry
-	49, // 37: distlock.v1.Lease.granted_at:type_name -> google.protobuf.Timestamp
-	5,  // 38: distlock.v1.Lease.holds:type_name -> distlock.v1.Grant
-	1,  // 39: distlock.v1.Problem.cause:type_name -> distlock.v1.EndCause
-	49, // 40: distlock.v1.Problem.ended_at:type_name -> google.protobuf.Timestamp
-	37, // 41: distlock.v1.Problem.obstacles:type_name -> distlock.v1.Obstacle
-	38, // 42: distlock.v1.Problem.circle:type_name -> distlock.v1.Link
-	16, // 43: distlock.v1.Obstacle.holders:type_name -> distlock.v1.Holder
-	17, // 44: distlock.v1.Obstacle.ahead:type_name -> distlock.v1.Waiter
-	48, // 45: distlock.v1.Obstacle.delay_remaining:type_name -> google.protobuf.Duration
-	41, // 46: distlock.v1.StatusResponse.members:type_name -> distlock.v1.Member
-	49, // 47: distlock.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	48, // 48: distlock.v1.KeepAliveResponse.Result.ttl:type_name -> google.protobuf.Duration
-	36, // 49: distlock.v1.KeepAliveResponse.Result.problem:type_name -> distlock.v1.Problem
-	3,  // 50: distlock.v1.LockService.Acquire:input_type -> distlock.v1.AcquireRequest
-	7,  // 51: distlock.v1.LockService.Release:input_type -> distlock.v1.ReleaseRequest
-	9,  // 52: distlock.v1.LockService.Abandon:input_type -> distlock.v1.AbandonRequest
-	11, // 53: distlock.v1.LockService.Get:input_type -> distlock.v1.GetRequest
-	13, // 54: distlock.v1.LockService.List:input_type -> distlock.v1.ListRequest
-	18, // 55: distlock.v1.LockService.CheckToken:input_type -> distlock.v1.CheckTokenRequest
-	20, // 56: distlock.v1.LockService.ForceRelease:input_type -> distlock.v1.ForceReleaseRequest
-	22, // 57: distlock.v1.LockService.Watch:input_type -> distlock.v1.WatchRequest
-	25, // 58: distlock.v1.LeaseService.Grant:input_type -> distlock.v1.GrantRequest
-	27, // 59: distlock.v1.LeaseService.KeepAlive:input_type -> distlock.v1.KeepAliveRequest
-	29, // 60: distlock.v1.LeaseService.Revoke:input_type -> distlock.v1.RevokeRequest
-	31, // 61: distlock.v1.LeaseService.Get:input_type -> distlock.v1.GetLeaseRequest
-	33, // 62: distlock.v1.LeaseService.List:input_type -> distlock.v1.ListLeasesRequest
-	39, // 63: distlock.v1.ClusterService.Status:input_type -> distlock.v1.StatusRequest
-	4,  // 64: distlock.v1.LockService.Acquire:output_type -> distlock.v1.AcquireResponse
-	8,  // 65: distlock.v1.LockService.Release:output_type -> distlock.v1.ReleaseResponse
-	10, // 66: distlock.v1.LockService.Abandon:output_type -> distlock.v1.AbandonResponse
-	12, // 67: distlock.v1.LockService.Get:output_type -> distlock.v1.GetResponse
-	14, // 68: distlock.v1.LockService.List:output_type -> distlock.v1.ListResponse
-	19, // 69: distlock.v1.LockService.CheckToken:output_type -> distlock.v1.CheckTokenResponse
-	21, // 70: distlock.v1.LockService.ForceRelease:output_type -> distlock.v1.ForceReleaseResponse
-	23, // 71: distlock.v1.LockService.Watch:output_type -> distlock.v1.WatchResponse
-	26, // 72: distlock.v1.LeaseService.Grant:output_type -> distlock.v1.GrantResponse
-	28, // 73: distlock.v1.LeaseService.KeepAlive:output_type -> distlock.v1.KeepAliveResponse
-	30, // 74: distlock.v1.LeaseService.Revoke:output_type -> distlock.v1.RevokeResponse
-	32, // 75: distlock.v1.LeaseService.Get:output_type -> distlock.v1.GetLeaseResponse
-	34, // 76: distlock.v1.LeaseService.List:output_type -> distlock.v1.ListLeasesResponse
-	40, // 77: distlock.v1.ClusterService.Status:output_type -> distlock.v1.StatusResponse
-	64, // [64:78] is the sub-list for method output_type
-	50, // [50:64] is the sub-list for method input_type
-	50, // [50:50] is the sub-list for extension type_name
-	50, // [50:50] is the sub-list for extension extendee
-	0,  // [0:50] is the sub-list for field type_name
+	1,  // 0: distlock.v1.AcquireRequest.mode:type_name -> distlock.v1.Mode
+	60, // 1: distlock.v1.AcquireRequest.ttl:type_name -> google.protobuf.Duration
+	60, // 2: distlock.v1.AcquireRequest.wait:type_name -> google.protobuf.Duration
+	60, // 3: distlock.v1.AcquireRequest.lock_delay:type_name -> google.protobuf.Duration
+	54, // 4: distlock.v1.AcquireRequest.metadata:type_name -> distlock.v1.AcquireRequest.MetadataEntry
+	6,  // 5: distlock.v1.AcquireResponse.grant:type_name -> distlock.v1.Grant
+	60, // 6: distlock.v1.Grant.ttl:type_name -> google.protobuf.Duration
+	1,  // 7: distlock.v1.Grant.mode:type_name -> distlock.v1.Mode
+	7,  // 8: distlock.v1.Grant.locks:type_name -> distlock.v1.GrantedLock
+	61, // 9: distlock.v1.Grant.granted_at:type_name -> google.protobuf.Timestamp
+	0,  // 10: distlock.v1.GetRequest.consistency:type_name -> distlock.v1.Consistency
+	16, // 11: distlock.v1.GetResponse.lock:type_name -> distlock.v1.Lock
+	0,  // 12: distlock.v1.ListRequest.consistency:type_name -> distlock.v1.Consistency
+	16, // 13: distlock.v1.ListResponse.locks:type_name -> distlock.v1.Lock
+	17, // 14: distlock.v1.Lock.holders:type_name -> distlock.v1.Holder
+	18, // 15: distlock.v1.Lock.waiters:type_name -> distlock.v1.Waiter
+	60, // 16: distlock.v1.Lock.delay_remaining:type_name -> google.protobuf.Duration
+	1,  // 17: distlock.v1.Holder.mode:type_name -> distlock.v1.Mode
+	61, // 18: distlock.v1.Holder.since:type_name -> google.protobuf.Timestamp
+	55, // 19: distlock.v1.Holder.metadata:type_name -> distlock.v1.Holder.MetadataEntry
+	60, // 20: distlock.v1.Holder.lock_delay:type_name -> google.protobuf.Duration
+	1,  // 21: distlock.v1.Waiter.mode:type_name -> distlock.v1.Mode
+	61, // 22: distlock.v1.Waiter.since:type_name -> google.protobuf.Timestamp
+	56, // 23: distlock.v1.Waiter.metadata:type_name -> distlock.v1.Waiter.MetadataEntry
+	25, // 24: distlock.v1.WatchResponse.events:type_name -> distlock.v1.Event
+	3,  // 25: distlock.v1.Event.kind:type_name -> distlock.v1.Event.Kind
+	1,  // 26: distlock.v1.Event.mode:type_name -> distlock.v1.Mode
+	2,  // 27: distlock.v1.Event.cause:type_name -> distlock.v1.EndCause
+	61, // 28: distlock.v1.Event.time:type_name -> google.protobuf.Timestamp
+	60, // 29: distlock.v1.Event.delay:type_name -> google.protobuf.Duration
+	60, // 30: distlock.v1.GrantRequest.ttl:type_name -> google.protobuf.Duration
+	57, // 31: distlock.v1.GrantRequest.metadata:type_name -> distlock.v1.GrantRequest.MetadataEntry
+	60, // 32: distlock.v1.GrantResponse.ttl:type_name -> google.protobuf.Duration
+	58, // 33: distlock.v1.KeepAliveResponse.results:type_name -> distlock.v1.KeepAliveResponse.Result
+	0,  // 34: distlock.v1.GetLeaseRequest.consistency:type_name -> distlock.v1.Consistency
+	36, // 35: distlock.v1.GetLeaseResponse.lease:type_name -> distlock.v1.Lease
+	0,  // 36: distlock.v1.ListLeasesRequest.consistency:type_name -> distlock.v1.Consistency
+	36, // 37: distlock.v1.ListLeasesResponse.leases:type_name -> distlock.v1.Lease
+	60, // 38: distlock.v1.Lease.ttl:type_name -> google.protobuf.Duration
+	60, // 39: distlock.v1.Lease.remaining:type_name -> google.protobuf.Duration
+	59, // 40: distlock.v1.Lease.metadata:type_name -> distlock.v1.Lease.MetadataEntry
+	61, // 41: distlock.v1.Lease.granted_at:type_name -> google.protobuf.Timestamp
+	6,  // 42: distlock.v1.Lease.holds:type_name -> distlock.v1.Grant
+	2,  // 43: distlock.v1.Problem.cause:type_name -> distlock.v1.EndCause
+	61, // 44: distlock.v1.Problem.ended_at:type_name -> google.protobuf.Timestamp
+	38, // 45: distlock.v1.Problem.obstacles:type_name -> distlock.v1.Obstacle
+	39, // 46: distlock.v1.Problem.circle:type_name -> distlock.v1.Link
+	17, // 47: distlock.v1.Obstacle.holders:type_name -> distlock.v1.Holder
+	18, // 48: distlock.v1.Obstacle.ahead:type_name -> distlock.v1.Waiter
+	60, // 49: distlock.v1.Obstacle.delay_remaining:type_name -> google.protobuf.Duration
+	43, // 50: distlock.v1.StatusResponse.members:type_name -> distlock.v1.Member
+	61, // 51: distlock.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	42, // 52: distlock.v1.StatusResponse.restored:type_name -> distlock.v1.Restored
+	61, // 53: distlock.v1.Restored.at:type_name -> google.protobuf.Timestamp
+	61, // 54: distlock.v1.Restored.backup_at:type_name -> google.protobuf.Timestamp
+	60, // 55: distlock.v1.KeepAliveResponse.Result.ttl:type_name -> google.protobuf.Duration
+	37, // 56: distlock.v1.KeepAliveResponse.Result.problem:type_name -> distlock.v1.Problem
+	4,  // 57: distlock.v1.LockService.Acquire:input_type -> distlock.v1.AcquireRequest
+	8,  // 58: distlock.v1.LockService.Release:input_type -> distlock.v1.ReleaseRequest
+	10, // 59: distlock.v1.LockService.Abandon:input_type -> distlock.v1.AbandonRequest
+	12, // 60: distlock.v1.LockService.Get:input_type -> distlock.v1.GetRequest
+	14, // 61: distlock.v1.LockService.List:input_type -> distlock.v1.ListRequest
+	19, // 62: distlock.v1.LockService.CheckToken:input_type -> distlock.v1.CheckTokenRequest
+	21, // 63: distlock.v1.LockService.ForceRelease:input_type -> distlock.v1.ForceReleaseRequest
+	23, // 64: distlock.v1.LockService.Watch:input_type -> distlock.v1.WatchRequest
+	26, // 65: distlock.v1.LeaseService.Grant:input_type -> distlock.v1.GrantRequest
+	28, // 66: distlock.v1.LeaseService.KeepAlive:input_type -> distlock.v1.KeepAliveRequest
+	30, // 67: distlock.v1.LeaseService.Revoke:input_type -> distlock.v1.RevokeRequest
+	32, // 68: distlock.v1.LeaseService.Get:input_type -> distlock.v1.GetLeaseRequest
+	34, // 69: distlock.v1.LeaseService.List:input_type -> distlock.v1.ListLeasesRequest
+	40, // 70: distlock.v1.ClusterService.Status:input_type -> distlock.v1.StatusRequest
+	44, // 71: distlock.v1.ClusterService.AddMember:input_type -> distlock.v1.AddMemberRequest
+	46, // 72: distlock.v1.ClusterService.PromoteMember:input_type -> distlock.v1.PromoteMemberRequest
+	48, // 73: distlock.v1.ClusterService.RemoveMember:input_type -> distlock.v1.RemoveMemberRequest
+	50, // 74: distlock.v1.ClusterService.TransferLeadership:input_type -> distlock.v1.TransferLeadershipRequest
+	52, // 75: distlock.v1.ClusterService.Backup:input_type -> distlock.v1.BackupRequest
+	5,  // 76: distlock.v1.LockService.Acquire:output_type -> distlock.v1.AcquireResponse
+	9,  // 77: distlock.v1.LockService.Release:output_type -> distlock.v1.ReleaseResponse
+	11, // 78: distlock.v1.LockService.Abandon:output_type -> distlock.v1.AbandonResponse
+	13, // 79: distlock.v1.LockService.Get:output_type -> distlock.v1.GetResponse
+	15, // 80: distlock.v1.LockService.List:output_type -> distlock.v1.ListResponse
+	20, // 81: distlock.v1.LockService.CheckToken:output_type -> distlock.v1.CheckTokenResponse
+	22, // 82: distlock.v1.LockService.ForceRelease:output_type -> distlock.v1.ForceReleaseResponse
+	24, // 83: distlock.v1.LockService.Watch:output_type -> distlock.v1.WatchResponse
+	27, // 84: distlock.v1.LeaseService.Grant:output_type -> distlock.v1.GrantResponse
+	29, // 85: distlock.v1.LeaseService.KeepAlive:output_type -> distlock.v1.KeepAliveResponse
+	31, // 86: distlock.v1.LeaseService.Revoke:output_type -> distlock.v1.RevokeResponse
+	33, // 87: distlock.v1.LeaseService.Get:output_type -> distlock.v1.GetLeaseResponse
+	35, // 88: distlock.v1.LeaseService.List:output_type -> distlock.v1.ListLeasesResponse
+	41, // 89: distlock.v1.ClusterService.Status:output_type -> distlock.v1.StatusResponse
+	45, // 90: distlock.v1.ClusterService.AddMember:output_type -> distlock.v1.AddMemberResponse
+	47, // 91: distlock.v1.ClusterService.PromoteMember:output_type -> distlock.v1.PromoteMemberResponse
+	49, // 92: distlock.v1.ClusterService.RemoveMember:output_type -> distlock.v1.RemoveMemberResponse
+	51, // 93: distlock.v1.ClusterService.TransferLeadership:output_type -> distlock.v1.TransferLeadershipResponse
+	53, // 94: distlock.v1.ClusterService.Backup:output_type -> distlock.v1.BackupResponse
+	76, // [76:95] is the sub-list for method output_type
+	57, // [57:76] is the sub-list for method input_type
+	57, // [57:57] is the sub-list for extension type_name
+	57, // [57:57] is the sub-list for extension extendee
+	0,  // [0:57] is the sub-list for field type_name
 }
 
 func init() { file_distlock_v1_distlock_proto_init() }
@@ -3451,8 +4121,8 @@ func file_distlock_v1_distlock_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_distlock_v1_distlock_proto_rawDesc), len(file_distlock_v1_distlock_proto_rawDesc)),
-			NumEnums:      3,
-			NumMessages:   45,
+			NumEnums:      4,
+			NumMessages:   56,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

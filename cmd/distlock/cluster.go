@@ -1,0 +1,268 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/distlock/distlock/client"
+	"github.com/distlock/distlock/fence"
+	"github.com/distlock/distlock/internal/server"
+)
+
+func clusterCommand() *cobra.Command {
+	return group("cluster", "See and change the cluster, back it up",
+		clusterStatusCommand(), clusterMembersCommand(), clusterAddCommand(), clusterPromoteCommand(), clusterRemoveCommand(),
+		clusterTransferCommand(), clusterBackupCommand(), clusterRestoreCommand())
+}
+
+func viewMembers(s client.Status) (views []map[string]any, rows [][]string) {
+	views = []map[string]any{}
+	for _, m := range s.Members {
+		views = append(views, map[string]any{
+			"id": m.ID, "clientAddress": m.ClientAddress, "peerAddress": m.PeerAddress, "role": m.Role,
+			"leader": m.Leader, "healthy": m.Healthy, "appliedIndex": m.AppliedIndex,
+		})
+		role, healthy := m.Role, "yes"
+		if m.Leader {
+			role += ", leader"
+		}
+		if !m.Healthy {
+			healthy = "no"
+		}
+		rows = append(rows, []string{m.ID, role, healthy, dash(m.ClientAddress), dash(m.PeerAddress), strconv.FormatUint(m.AppliedIndex, 10)})
+	}
+	return views, rows
+}
+
+func memberTable(w io.Writer, rows [][]string) {
+	columns(w, []int{12, 0, 0, 21, 21, 0}, []string{"NODE", "ROLE", "UP", "CLIENTS", "PEERS", "APPLIED"}, rows)
+}
+
+func clusterStatusCommand() *cobra.Command {
+	r := &remote{}
+	return r.addOutput(&cobra.Command{
+		Use: "status", Short: "Show the state; exit 1 where there is no leader", Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := r.dial()
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			s, err := c.Status(cmd.Context())
+			if err != nil {
+				return err
+			}
+			members, rows := viewMembers(s)
+			v := map[string]any{
+				"clusterId": s.ClusterID, "leader": s.Leader, "term": s.Term, "members": members, "version": s.Version,
+				"revision": s.Revision, "lastToken": uint64(s.LastToken), "leases": s.Leases, "locks": s.Locks,
+				"waiters": s.Waiters, "inMemory": s.InMemory, "startedAt": s.StartedAt,
+			}
+			if s.Restored != nil {
+				v["restored"] = map[string]any{
+					"at": s.Restored.At, "clusterId": s.Restored.ClusterID, "backupAt": s.Restored.BackupAt,
+					"tokensAbove": uint64(s.Restored.TokensAbove),
+				}
+			}
+			err = r.print(cmd.OutOrStdout(), v, func(w io.Writer) {
+				durability := "durable"
+				if s.InMemory {
+					durability = "in memory"
+				}
+				fmt.Fprintf(w, "distlock %s, up %s, %s; term %d, last token %d\n", s.Version, ago(s.StartedAt), durability, s.Term, s.LastToken)
+				fmt.Fprintf(w, "%d leases, %d locks, %d waiting\n", s.Leases, s.Locks, s.Waiters)
+				if s.Restored != nil {
+					fmt.Fprintf(w, "restored %s from a backup of cluster %s\n", s.Restored.At.Local().Format(time.DateTime), s.Restored.ClusterID)
+				}
+				memberTable(w, rows)
+			})
+			if err == nil && s.Leader == "" {
+				return &exitError{exitFailed, fmt.Errorf("there is no leader")}
+			}
+			return err
+		},
+	})
+}
+
+func clusterMembersCommand() *cobra.Command {
+	r := &remote{}
+	return r.addOutput(&cobra.Command{
+		Use: "members", Short: "List the members", Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := r.dial()
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			s, err := c.Status(cmd.Context())
+			if err != nil {
+				return err
+			}
+			members, rows := viewMembers(s)
+			return r.print(cmd.OutOrStdout(), map[string]any{"members": members}, func(w io.Writer) { memberTable(w, rows) })
+		},
+	})
+}
+
+// change is a command that makes one change and says so.
+func change(use, short, example string, args cobra.PositionalArgs, do func(context.Context, *client.Client, []string) (string, error)) *cobra.Command {
+	r := &remote{}
+	return r.add(&cobra.Command{
+		Use: use, Short: short, Example: example, Args: args,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := r.dial()
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			said, err := do(cmd.Context(), c, args)
+			if err == nil {
+				fmt.Fprintln(cmd.OutOrStdout(), said)
+			}
+			return err
+		},
+	})
+}
+
+func clusterAddCommand() *cobra.Command {
+	return change("add ID PEER-ADDRESS", "Add a node as a learner, or change a member's peer address",
+		"  distlock cluster add n2 10.0.0.2:50052", exactly("ID", "PEER-ADDRESS"),
+		func(ctx context.Context, c *client.Client, args []string) (string, error) {
+			if _, _, err := net.SplitHostPort(args[1]); err != nil {
+				return "", usage("PEER-ADDRESS must be HOST:PORT, and is %q", args[1])
+			}
+			return fmt.Sprintf("%s at %s is a member", args[0], args[1]), c.AddMember(ctx, args[0], args[1])
+		})
+}
+
+func clusterPromoteCommand() *cobra.Command {
+	return change("promote ID", "Give a learner that has caught up its vote", "  distlock cluster promote n2", exactly("ID"),
+		func(ctx context.Context, c *client.Client, args []string) (string, error) {
+			return args[0] + " is a voter", c.PromoteMember(ctx, args[0])
+		})
+}
+
+func clusterRemoveCommand() *cobra.Command {
+	return change("remove ID", "Take a node out; it stops serving", "  distlock cluster remove n2", exactly("ID"),
+		func(ctx context.Context, c *client.Client, args []string) (string, error) {
+			return args[0] + " is no member", c.RemoveMember(ctx, args[0])
+		})
+}
+
+func clusterTransferCommand() *cobra.Command {
+	return change("transfer [ID]", "Make another voter lead", "  distlock cluster transfer n2", func(cmd *cobra.Command, args []string) error {
+		if len(args) > 1 {
+			return usage("%s takes at most one ID, and was given %d arguments", cmd.CommandPath(), len(args))
+		}
+		return nil
+	}, func(ctx context.Context, c *client.Client, args []string) (string, error) {
+		id := ""
+		if len(args) == 1 {
+			id = args[0]
+		}
+		leader, err := c.TransferLeadership(ctx, id)
+		return leader + " leads", err
+	})
+}
+
+func clusterBackupCommand() *cobra.Command {
+	r := &remote{}
+	return r.add(&cobra.Command{
+		Use: "backup FILE", Short: "Write a consistent copy of everything while the server serves", Args: exactly("FILE"),
+		Example: "  distlock cluster backup /backup/distlock-$(date +%F)",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := r.dial()
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			info, err := backup(cmd.Context(), c, args[0])
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "%s: cluster %s, %d leases, %d locks, last token %d\n", args[0], info.ClusterID, info.Leases, info.Locks, info.LastToken)
+			return nil
+		},
+	})
+}
+
+// backup writes a file that appears whole, checked and synced, or not at all.
+func backup(ctx context.Context, c *client.Client, file string) (info server.BackupInfo, err error) {
+	f, err := os.CreateTemp(filepath.Dir(file), filepath.Base(file)+".part-")
+	if err != nil {
+		return info, err
+	}
+	defer os.Remove(f.Name())
+	defer f.Close()
+	if err := c.Backup(ctx, f); err != nil {
+		return info, err
+	}
+	if err := f.Sync(); err != nil {
+		return info, err
+	}
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
+		return info, err
+	}
+	if info, err = server.CheckBackup(f); err != nil {
+		return info, err
+	}
+	if err := os.Rename(f.Name(), file); err != nil {
+		return info, err
+	}
+	dir, err := os.Open(filepath.Dir(file))
+	if err != nil {
+		return info, err
+	}
+	return info, errors.Join(dir.Sync(), dir.Close())
+}
+
+func clusterRestoreCommand() *cobra.Command {
+	var cfg server.RestoreConfig
+	var above uint64
+	cmd := &cobra.Command{
+		Use: "restore FILE", Short: "Make a data directory of a backup: a history of its own", Args: exactly("FILE"),
+		Long: `Make a data directory of a backup, for a server to start on.
+
+The cluster that the backup was taken of may have gone on: the new one has
+another id, all leases have ended, and its tokens go on far above. Give the
+highest token that any resource has seen with --above if it could be higher.`,
+		Example: "  distlock cluster restore /backup/distlock-2026-11-23 --data-dir distlock-data",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if above > uint64(fence.MaxToken) {
+				return usage("--above must be at most %d, and is %d", fence.MaxToken, above)
+			}
+			f, err := os.Open(args[0])
+			if err != nil {
+				return err
+			}
+			defer f.Close()
+			cfg.From, cfg.Above, cfg.Now = f, fence.Token(above), time.Now()
+			res, err := server.Restore(cfg)
+			if err != nil {
+				return fmt.Errorf("%s was not restored: %w", args[0], err)
+			}
+			out := cmd.OutOrStdout()
+			if res.MovedTo != "" {
+				fmt.Fprintf(out, "what %s had is now in %s\n", cfg.Dir, res.MovedTo)
+			}
+			fmt.Fprintf(out, "restored %s into %s: cluster %s, tokens above %d, %d leases ended\n", args[0], cfg.Dir, res.NewClusterID, res.TokensAbove, res.Leases)
+			return nil
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringVar(&cfg.Dir, "data-dir", "distlock-data", "directory to make")
+	flags.Uint64Var(&above, "above", 0, "every new token is above it")
+	flags.BoolVar(&cfg.Force, "force", false, "move aside what the directory has")
+	flags.StringVar(&cfg.NodeID, "node-id", "n1", "name of the node")
+	flags.StringVar(&cfg.PeerAddress, "peer-address", "", "HOST:PORT where other members will reach it")
+	return cmd
+}

@@ -1,0 +1,156 @@
+package replica
+
+import (
+	"bufio"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/distlock/distlock/fence"
+	"github.com/distlock/distlock/lease"
+	"github.com/distlock/distlock/lease/machine"
+)
+
+// fsm applies entries to the store. Raft calls it on one goroutine.
+//
+// An entry is a batch for the machine or, with noteMark as its first byte, a
+// note: what the members know together that is not the machine's.
+type fsm struct {
+	store      *lease.Store
+	note       note
+	fail       func(error)
+	learned    func(note)                       // a note was applied or restored
+	configured func(uint64, raft.Configuration) // a configuration was committed
+	stopped    bool                             // an entry could not be applied: none after it may be
+}
+
+// note is kept with the machine, in the log and in snapshots, as JSON.
+type note struct {
+	ClusterID string    `json:"clusterId"`
+	Restored  *Restored `json:"restored,omitempty"`
+}
+
+// Restored says where a history began that was restored from a backup.
+type Restored struct {
+	At          time.Time   `json:"at"`
+	ClusterID   string      `json:"clusterId"` // that the backup is of
+	BackupAt    time.Time   `json:"backupAt"`
+	TokensAbove fence.Token `json:"tokensAbove"` // every token of this history is
+}
+
+// noteMark is the first byte of an entry that is a note; a batch begins with
+// its version.
+const noteMark = 0xc0
+
+// maxNote bounds a note in a snapshot.
+const maxNote = 1 << 16
+
+// Apply implements raft.FSM.
+func (f *fsm) Apply(l *raft.Log) any {
+	if f.stopped {
+		return lease.ErrOutcomeUnknown
+	}
+	if len(l.Data) > 0 && l.Data[0] == noteMark {
+		var n note
+		if err := json.Unmarshal(l.Data[1:], &n); err != nil {
+			return f.stop(l, err)
+		}
+		if f.note.ClusterID == "" { // two leaders may both have made one up
+			f.note.ClusterID = n.ClusterID
+		}
+		f.learned(f.note)
+		return nil
+	}
+	batch, err := machine.DecodeBatch(l.Data)
+	if err != nil {
+		return f.stop(l, err)
+	}
+	batch.Term = l.Term
+	return f.store.Apply(batch)
+}
+
+func (f *fsm) stop(l *raft.Log, err error) error {
+	f.stopped = true
+	f.fail(fmt.Errorf("log entry %d: %w", l.Index, err))
+	return err
+}
+
+// StoreConfiguration implements raft.ConfigurationStore.
+func (f *fsm) StoreConfiguration(index uint64, c raft.Configuration) { f.configured(index, c) }
+
+// Snapshot implements raft.FSM: a copy-on-write view, whatever the size.
+func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
+	if f.stopped {
+		return nil, lease.ErrLogFailed
+	}
+	return snapshot{f.note, f.store.View()}, nil
+}
+
+// Restore implements raft.FSM.
+func (f *fsm) Restore(from io.ReadCloser) error {
+	defer from.Close()
+	n, m, err := readSnapshot(from)
+	if err != nil {
+		return err
+	}
+	f.note = n
+	f.store.Restore(m)
+	f.learned(n)
+	return nil
+}
+
+func readSnapshot(from io.Reader) (n note, m *machine.Machine, err error) {
+	in := bufio.NewReaderSize(from, 1<<20)
+	size, err := binary.ReadUvarint(in)
+	if err == nil && size > maxNote {
+		err = machine.ErrCorrupt
+	}
+	if err != nil {
+		return n, nil, err
+	}
+	text := make([]byte, size)
+	if _, err = io.ReadFull(in, text); err == nil {
+		err = json.Unmarshal(text, &n)
+	}
+	if err != nil {
+		return n, nil, err
+	}
+	m, err = machine.Restore(in.Read)
+	return n, m, err
+}
+
+// snapshot is a note, with its length before it, and a machine.
+type snapshot struct {
+	note note
+	view *machine.Machine
+}
+
+func (s snapshot) write(to io.Writer) error {
+	text, err := json.Marshal(s.note)
+	if err != nil {
+		return err
+	}
+	if _, err := to.Write(append(binary.AppendUvarint(nil, uint64(len(text))), text...)); err != nil {
+		return err
+	}
+	return s.view.Snapshot(func(chunk []byte) error {
+		_, err := to.Write(chunk)
+		return err
+	})
+}
+
+// Persist implements raft.FSMSnapshot, beside everything else.
+func (s snapshot) Persist(sink raft.SnapshotSink) error {
+	if err := s.write(sink); err != nil {
+		return errors.Join(err, sink.Cancel())
+	}
+	return sink.Close()
+}
+
+// Release implements raft.FSMSnapshot.
+func (s snapshot) Release() {}

@@ -1,0 +1,310 @@
+package replica
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"go.uber.org/zap"
+
+	"github.com/distlock/distlock/lease"
+)
+
+// Members asks every member how it is, with the id of the leader if it is
+// known, and this node's term. Any node answers.
+func (r *Replica) Members() (list []lease.Member, leader string, term uint64) {
+	known := r.known()
+	servers := r.configuration().servers.Servers
+	list = make([]lease.Member, len(servers))
+	var group sync.WaitGroup
+	for i, s := range servers {
+		m := &list[i]
+		*m = lease.Member{ID: string(s.ID), PeerAddress: string(s.Address), Role: lease.RoleVoter, Leader: string(s.ID) == known.id}
+		if s.Suffrage != raft.Voter {
+			m.Role = lease.RoleLearner
+		}
+		if m.ID == r.nodeID {
+			m.PeerAddress = r.cfg.PeerAddress
+			m.ClientAddress, m.Healthy, m.AppliedIndex = r.cfg.ClientAddress, true, r.raft.AppliedIndex()
+			continue
+		}
+		if r.peers == nil {
+			continue
+		}
+		group.Add(1)
+		go func() {
+			defer group.Done()
+			if about, err := r.about(m.PeerAddress, time.Second); err == nil && about.GetNodeId() == m.ID {
+				m.ClientAddress, m.Healthy, m.AppliedIndex = about.GetClientAddress(), true, about.GetAppliedIndex()
+			}
+		}()
+	}
+	group.Wait()
+	slices.SortFunc(list, func(a, b lease.Member) int { return strings.Compare(a.ID, b.ID) })
+	return list, known.id, r.raft.CurrentTerm()
+}
+
+// refused is a change of the membership that is turned down; id "" is of none.
+func refused(id, msg string) error { return &lease.MemberError{ID: id, Msg: msg} }
+
+// AddMember makes a node a learner, or gives a member another peer address.
+// cluster is the node's own cluster id, if it has one. It returns the
+// cluster's id. Errors: ErrNotLeader, *lease.MemberError.
+func (r *Replica) AddMember(id, peerAddress, cluster string) (string, error) {
+	if id == "" || len(id) > 64 {
+		return "", refused(id, "a node id has 1 to 64 bytes")
+	}
+	if _, _, err := net.SplitHostPort(peerAddress); err != nil {
+		return "", refused(id, "its peer address must be HOST:PORT")
+	}
+	return r.ClusterID(), r.change(func() error {
+		if ours := r.ClusterID(); cluster != "" && cluster != ours {
+			return refused(id, fmt.Sprintf("its data directory is of cluster %s, this is cluster %s; start it with an empty one", cluster, ours))
+		}
+		for _, s := range r.configuration().servers.Servers {
+			switch {
+			case string(s.ID) == id && string(s.Address) == peerAddress:
+				return nil
+			case string(s.ID) == id && s.Suffrage == raft.Voter:
+				return r.raft.AddVoter(s.ID, raft.ServerAddress(peerAddress), 0, changeWithin).Error()
+			case string(s.ID) != id && string(s.Address) == peerAddress:
+				return refused(id, fmt.Sprintf("%s is the peer address of %s", peerAddress, s.ID))
+			}
+		}
+		return r.raft.AddNonvoter(raft.ServerID(id), raft.ServerAddress(peerAddress), 0, changeWithin).Error()
+	})
+}
+
+// PromoteMember gives a learner that has caught up its vote. Errors:
+// ErrNotLeader, *lease.MemberError.
+func (r *Replica) PromoteMember(id string) error {
+	return r.change(func() error {
+		s, ok := r.server(id)
+		switch {
+		case !ok:
+			return refused(id, "there is no such member; add it first")
+		case s.Suffrage == raft.Voter:
+			return nil
+		}
+		about, err := r.about(string(s.Address), time.Second)
+		if err != nil {
+			return refused(id, fmt.Sprintf("it does not answer at %s; promote it once it runs", s.Address))
+		}
+		if last := r.raft.LastIndex(); about.GetAppliedIndex()+caughtUp < last {
+			return refused(id, fmt.Sprintf("it is %d log entries behind; promote it once it has caught up", last-about.GetAppliedIndex()))
+		}
+		return r.raft.AddVoter(s.ID, s.Address, 0, changeWithin).Error()
+	})
+}
+
+// caughtUp is how many entries a learner may be behind to get its vote: it
+// keeps up while there is load.
+const caughtUp = 1000
+
+// RemoveMember takes a node out of the cluster. A leader that is to remove
+// itself hands over first, and answers ErrNotLeader: ask the next one. Errors:
+// ErrNotLeader, *lease.MemberError.
+func (r *Replica) RemoveMember(id string) error {
+	return r.change(func() error {
+		s, ok := r.server(id)
+		if !ok {
+			return nil
+		}
+		if s.Suffrage == raft.Voter && r.voters() == 1 {
+			return refused(id, "it is the only voter")
+		}
+		if id == r.nodeID {
+			if _, err := r.transfer(""); err != nil {
+				return err
+			}
+			return lease.ErrNotLeader
+		}
+		if err := r.raft.RemoveServer(s.ID, 0, changeWithin).Error(); err != nil {
+			return err
+		}
+		r.logger.Info("removed a member", zap.String("node", id))
+		return nil
+	})
+}
+
+// TransferLeadership makes another voter lead: id, or whichever is furthest.
+// It returns who leads. Errors: ErrNotLeader, *lease.MemberError.
+func (r *Replica) TransferLeadership(id string) (leader string, err error) {
+	if r.raft.State() != raft.Leader {
+		return "", lease.ErrNotLeader
+	}
+	if id == r.nodeID {
+		return id, nil
+	}
+	r.members.Lock()
+	defer r.members.Unlock()
+	return r.transfer(id)
+}
+
+func (r *Replica) transfer(id string) (string, error) {
+	if r.voters() < 2 {
+		return "", refused("", "there is no other voter to lead")
+	}
+	r.transferring.Store(true)
+	defer r.transferring.Store(false)
+	var future raft.Future
+	if id == "" {
+		future = r.raft.LeadershipTransfer()
+	} else {
+		s, ok := r.server(id)
+		if !ok || s.Suffrage != raft.Voter {
+			return "", refused(id, "there is no such voter")
+		}
+		future = r.raft.LeadershipTransferToServer(s.ID, s.Address)
+	}
+	if err := future.Error(); err != nil {
+		if errors.Is(err, raft.ErrNotLeader) {
+			return "", lease.ErrNotLeader
+		}
+		return "", refused(id, fmt.Sprintf("the leadership could not be handed over: %v", err))
+	}
+	// Raft is done when the other has been told; wait until it leads.
+	ctx, cancel := context.WithTimeout(context.Background(), changeWithin)
+	defer cancel()
+	for {
+		news, l := r.heard(), r.known()
+		if l.id != "" && l.id != r.nodeID {
+			return l.id, nil
+		}
+		select {
+		case <-news:
+		case <-ctx.Done():
+			return "", refused(id, "the leadership was handed over, and nobody is known to lead yet")
+		case <-r.closing:
+			return "", lease.ErrNotLeader
+		}
+	}
+}
+
+// changeWithin bounds how long a change of the membership waits to begin.
+const changeWithin = 5 * time.Second
+
+// change makes one change of the membership at a time, on the leader.
+func (r *Replica) change(fn func() error) error {
+	if r.peers == nil {
+		return refused("", "this node has no peer address: restart it with --node-id and --peer-address to make it a member of a cluster")
+	}
+	if r.raft.State() != raft.Leader {
+		return lease.ErrNotLeader
+	}
+	r.members.Lock()
+	defer r.members.Unlock()
+	err := fn()
+	switch {
+	case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrLeadershipTransferInProgress):
+		return lease.ErrNotLeader
+	case errors.Is(err, raft.ErrLeadershipLost), errors.Is(err, raft.ErrRaftShutdown), errors.Is(err, raft.ErrEnqueueTimeout):
+		return fmt.Errorf("%w: %w", lease.ErrOutcomeUnknown, err)
+	}
+	return err
+}
+
+func (r *Replica) server(id string) (raft.Server, bool) {
+	for _, s := range r.configuration().servers.Servers {
+		if string(s.ID) == id {
+			return s, true
+		}
+	}
+	return raft.Server{}, false
+}
+
+// Role is this node's own: voter, learner, or "" while it is no member.
+func (r *Replica) Role() string {
+	s, ok := r.server(r.nodeID)
+	switch {
+	case !ok:
+		return ""
+	case s.Suffrage == raft.Voter:
+		return lease.RoleVoter
+	}
+	return lease.RoleLearner
+}
+
+// RecordedAddress is the peer address under which the others know this node.
+func (r *Replica) RecordedAddress() string {
+	s, _ := r.server(r.nodeID)
+	return string(s.Address)
+}
+
+// Joined records the cluster that has taken this node in.
+func (r *Replica) Joined(cluster string) error {
+	return r.saveIdentity(func(id *identity) {
+		if id.ClusterID == "" {
+			id.ClusterID = cluster
+		}
+	})
+}
+
+// askWhetherRemoved asks the members that this node knows whether it is still
+// one of them.
+func (r *Replica) askWhetherRemoved() {
+	for _, s := range r.configuration().servers.Servers {
+		if string(s.ID) != r.nodeID {
+			r.hearRemoval(r.peers.probe(string(s.Address), time.Second))
+		}
+	}
+}
+
+// hearRemoval looks at what a member said to this one's greeting, and stops
+// this node if it has been removed. A member that knows only an older
+// configuration than this node is behind.
+func (r *Replica) hearRemoval(err error) {
+	var removed *removedError
+	if !errors.As(err, &removed) {
+		return
+	}
+	latest := r.configuration()
+	_, ours := r.server(r.nodeID)
+	if len(latest.servers.Servers) == 0 || removed.index < latest.index || removed.index == latest.index && ours {
+		return
+	}
+	if err := r.saveIdentity(func(id *identity) { id.Removed = true }); err != nil {
+		r.logger.Warn("cannot record the removal", zap.Error(err))
+	}
+	r.fail(&RemovedError{NodeID: r.nodeID, ClusterID: r.ClusterID()})
+}
+
+// ForeignPeers asks the other members of cfg.InitialCluster whether they are
+// of this node's cluster, before anything is served. It fails when those that
+// answer all are of another.
+func (r *Replica) ForeignPeers() error {
+	if r.peers == nil || r.ClusterID() == "" {
+		return nil
+	}
+	var group sync.WaitGroup
+	answers := make(chan error, len(r.cfg.InitialCluster))
+	for id, address := range r.cfg.InitialCluster {
+		if id == r.nodeID {
+			continue
+		}
+		group.Add(1)
+		go func() {
+			defer group.Done()
+			answers <- r.peers.probe(address, time.Second)
+		}()
+	}
+	group.Wait()
+	close(answers)
+	var foreign *strangerError
+	for err := range answers {
+		if err == nil {
+			return nil
+		}
+		errors.As(err, &foreign)
+	}
+	if foreign != nil {
+		return fmt.Errorf("data directory %s is of cluster %s, but %w: start this node with its own cluster's addresses, or with an empty directory", r.dir, r.ClusterID(), foreign)
+	}
+	return nil
+}

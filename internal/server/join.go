@@ -1,0 +1,97 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	"github.com/distlock/distlock/lease"
+	pb "github.com/distlock/distlock/proto/distlock/v1"
+)
+
+// betweenJoins is how long a node waits before it asks the cluster again.
+const betweenJoins = 200 * time.Millisecond
+
+// join makes this node the member that its flags say: it has itself added as
+// a learner, asks for its vote once it has caught up, and tells its new peer
+// address when that has changed. It ends once all is so, or with ctx; it fails
+// when the cluster says no for good.
+func (s *Server) join(ctx context.Context) error {
+	said := ""
+	say := func(what string, err error) {
+		if line := what + err.Error(); line != said {
+			said = line
+			s.cfg.Logger.Info(what, zap.Error(err))
+		}
+	}
+	for {
+		role := s.replica.Role()
+		switch {
+		case role == "" && s.cfg.Join != "":
+			if err := s.askToJoin(ctx); err != nil {
+				switch status.Code(err) {
+				case codes.FailedPrecondition, codes.InvalidArgument, codes.Unimplemented:
+					return fmt.Errorf("cannot join the cluster at %s: %s", s.cfg.Join, status.Convert(err).Message())
+				}
+				say("cannot join yet: ", fmt.Errorf("%s: %s", s.cfg.Join, status.Convert(err).Message()))
+			}
+		case role == "":
+		case s.replica.RecordedAddress() != s.cfg.PeerAddress:
+			if err := s.askLeader(ctx, func(c pb.ClusterServiceClient) error {
+				_, err := c.AddMember(ctx, &pb.AddMemberRequest{
+					Id: s.replica.NodeID(), PeerAddress: s.cfg.PeerAddress, ClusterId: s.replica.ClusterID(),
+				})
+				return err
+			}); err != nil {
+				say("the new peer address is not known yet: ", err)
+			}
+		case role == lease.RoleLearner && s.cfg.Join != "" && !s.cfg.Learner:
+			if err := s.askLeader(ctx, func(c pb.ClusterServiceClient) error {
+				_, err := c.PromoteMember(ctx, &pb.PromoteMemberRequest{Id: s.replica.NodeID()})
+				return err
+			}); err == nil {
+				s.cfg.Logger.Info("joined as a voter", zap.String("cluster", s.replica.ClusterID()))
+			}
+		default:
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(betweenJoins):
+		}
+	}
+}
+
+// askToJoin has this node added, through the member that the flags name.
+func (s *Server) askToJoin(ctx context.Context) error {
+	conn, err := grpc.NewClient("passthrough:///"+s.cfg.Join, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDisableServiceConfig())
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	resp, err := pb.NewClusterServiceClient(conn).AddMember(ctx, &pb.AddMemberRequest{
+		Id: s.replica.NodeID(), PeerAddress: s.cfg.PeerAddress, ClusterId: s.replica.ClusterID(),
+	})
+	if err != nil {
+		return err
+	}
+	return s.replica.Joined(resp.GetClusterId())
+}
+
+// askLeader makes a call at the leader, if another node leads.
+func (s *Server) askLeader(ctx context.Context, call func(pb.ClusterServiceClient) error) error {
+	conn, err := s.replica.Leader(ctx)
+	if err != nil || conn == nil { // this node leads: the replica sees to it
+		return err
+	}
+	return call(pb.NewClusterServiceClient(conn))
+}

@@ -1,0 +1,108 @@
+package transport
+
+import (
+	"bufio"
+	"context"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/distlock/distlock/lease"
+	pb "github.com/distlock/distlock/proto/distlock/v1"
+)
+
+type clusterService struct {
+	pb.UnimplementedClusterServiceServer
+	m       Manager
+	node    func() Node
+	cluster Cluster
+	work    workers
+}
+
+// Status is answered by every node, leader or not, of what it has itself.
+func (s *clusterService) Status(context.Context, *pb.StatusRequest) (*pb.StatusResponse, error) {
+	st, node := s.m.Status(), s.node()
+	out := &pb.StatusResponse{
+		Version: node.Version, NodeId: node.ID, ClusterId: node.ClusterID, Term: st.Term, Revision: st.Revision,
+		LastToken: st.LastToken, Leases: int64(st.Leases), Locks: int64(st.Locks), Waiters: int64(st.Waiters),
+		InMemory: node.InMemory, StartedAt: timestamppb.New(node.StartedAt),
+	}
+	if r := node.Restored; r != nil {
+		out.Restored = &pb.Restored{
+			At: timestamppb.New(r.At), BackupAt: timestamppb.New(r.BackupAt), ClusterId: r.ClusterID, TokensAbove: uint64(r.TokensAbove),
+		}
+	}
+	if s.cluster == nil {
+		out.Leader = node.ID
+		out.Members = []*pb.Member{{Id: node.ID, ClientAddress: node.ClientAddress, Role: lease.RoleVoter, Leader: true, Healthy: true}}
+		return out, nil
+	}
+	var list []lease.Member
+	s.work.elsewhere(func() { list, out.Leader, out.Term = s.cluster.Members() })
+	for _, m := range list {
+		out.Members = append(out.Members, &pb.Member{
+			Id: m.ID, ClientAddress: m.ClientAddress, PeerAddress: m.PeerAddress, Role: m.Role, Leader: m.Leader,
+			Healthy: m.Healthy, AppliedIndex: m.AppliedIndex,
+		})
+	}
+	return out, nil
+}
+
+// change makes one change of the members, without a worker.
+func (s *clusterService) change(fn func(Cluster) error) (err error) {
+	if s.cluster == nil {
+		return &lease.MemberError{Msg: "a server that keeps nothing on disk is alone; start it without --in-memory"}
+	}
+	s.work.elsewhere(func() { err = fn(s.cluster) })
+	return err
+}
+
+func (s *clusterService) AddMember(_ context.Context, r *pb.AddMemberRequest) (*pb.AddMemberResponse, error) {
+	out := &pb.AddMemberResponse{}
+	return out, s.change(func(c Cluster) (err error) {
+		out.ClusterId, err = c.AddMember(r.GetId(), r.GetPeerAddress(), r.GetClusterId())
+		return err
+	})
+}
+
+func (s *clusterService) PromoteMember(_ context.Context, r *pb.PromoteMemberRequest) (*pb.PromoteMemberResponse, error) {
+	return &pb.PromoteMemberResponse{}, s.change(func(c Cluster) error { return c.PromoteMember(r.GetId()) })
+}
+
+func (s *clusterService) RemoveMember(_ context.Context, r *pb.RemoveMemberRequest) (*pb.RemoveMemberResponse, error) {
+	return &pb.RemoveMemberResponse{}, s.change(func(c Cluster) error { return c.RemoveMember(r.GetId()) })
+}
+
+func (s *clusterService) TransferLeadership(_ context.Context, r *pb.TransferLeadershipRequest) (*pb.TransferLeadershipResponse, error) {
+	out := &pb.TransferLeadershipResponse{}
+	return out, s.change(func(c Cluster) (err error) {
+		out.Leader, err = c.TransferLeadership(r.GetId())
+		return err
+	})
+}
+
+// backupChunk is about how much of a backup one message carries.
+const backupChunk = 256 << 10
+
+func (s *clusterService) Backup(_ *pb.BackupRequest, stream pb.ClusterService_BackupServer) error {
+	if s.cluster == nil {
+		return &lease.MemberError{Msg: "a server that keeps nothing on disk has nothing to back up"}
+	}
+	w := bufio.NewWriterSize(chunks{stream}, backupChunk)
+	if err := s.cluster.Backup(w); err != nil {
+		return err
+	}
+	return w.Flush()
+}
+
+// chunks sends what is written to it.
+type chunks struct {
+	stream pb.ClusterService_BackupServer
+}
+
+// Write implements io.Writer. The message has been encoded when it returns.
+func (c chunks) Write(p []byte) (int, error) {
+	if err := c.stream.Send(&pb.BackupResponse{Chunk: p}); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
