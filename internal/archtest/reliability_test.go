@@ -1,0 +1,12 @@
+package archtest
+
+import "maps"
+
+// The rows of the reliability suite: tools that tests are made with, and
+// tests. Nothing that users run imports them.
+func init() {
+	maps.Copy(arrows, map[string][]string{
+		"internal/reliability/check": {},
+	})
+	maps.Copy(inTests, map[string][]string{})
+}
