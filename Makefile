@@ -21,6 +21,10 @@ build: ## build the distlock binary
 test: ## run all tests with the race detector
 	$(GO) test -race ./...
 
+.PHONY: stores
+stores: ## hold the guards against real PostgreSQL, MariaDB and Redis (needs postgresql, mariadb-server, redis-server)
+	cd internal/storetest && $(GO) vet ./... && $(GO) test -count=1 -timeout 10m ./...
+
 .PHONY: original
 original: ## drive the original's protocol from Python (needs python3-grpcio, python3-grpc-tools)
 	$(GO) test -tags original -run TestOriginalProtocol -v ./internal/e2e
