@@ -22,6 +22,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -307,12 +308,25 @@ func (c *Client) elsewhere(at int, leader string) {
 		return
 	}
 	c.current = (at + 1) % len(c.endpoints)
+	if leader == "" {
+		return
+	}
 	for i, endpoint := range c.endpoints {
 		if endpoint == leader {
 			c.current = i
+			return
 		}
 	}
+	// A member that the caller did not name: the cluster has changed.
+	if len(c.endpoints) < maxEndpoints {
+		c.endpoints = append(slices.Clone(c.endpoints), leader)
+		c.conns = append(c.conns, nil)
+		c.current = len(c.endpoints) - 1
+	}
 }
+
+// maxEndpoints bounds how many the client learns of.
+const maxEndpoints = 32
 
 func locksOf(conn *grpc.ClientConn) pb.LockServiceClient   { return pb.NewLockServiceClient(conn) }
 func leasesOf(conn *grpc.ClientConn) pb.LeaseServiceClient { return pb.NewLeaseServiceClient(conn) }

@@ -38,11 +38,7 @@ func (r *Replica) Confirm(term uint64, done func(error)) {
 	asked := make(map[raft.ServerID]bool)
 	b.mu.Lock()
 	for _, g := range groups {
-		c := &count{members: make(map[raft.ServerID]bool), need: len(g)/2 + 1, left: len(g)}
-		for _, s := range g {
-			c.members[s.ID] = true
-		}
-		b.counts = append(b.counts, c)
+		b.counts = append(b.counts, newCount(g))
 	}
 	b.add(raft.ServerID(r.nodeID), true)
 	b.mu.Unlock()
@@ -113,6 +109,14 @@ type count struct {
 	left    int // voters that have not answered
 }
 
+func newCount(voters []raft.Server) *count {
+	c := &count{members: make(map[raft.ServerID]bool), need: len(voters)/2 + 1, left: len(voters)}
+	for _, s := range voters {
+		c.members[s.ID] = true
+	}
+	return c
+}
+
 func (b *ballot) vote(id raft.ServerID, same bool) {
 	b.mu.Lock()
 	b.add(id, same)
@@ -131,16 +135,23 @@ func (b *ballot) add(id raft.ServerID, same bool) {
 	}
 }
 
+// outcome tells whether every configuration has its majority, and whether one
+// cannot have it any more. The caller holds b.mu.
+func (b *ballot) outcome() (won, lost bool) {
+	won = true
+	for _, c := range b.counts {
+		won = won && c.need <= 0
+		lost = lost || c.need > c.left
+	}
+	return won, lost
+}
+
 // decided calls done when the round has an end. This node's own vote counts
 // only if it still leads in the term.
 func (b *ballot) decided() bool {
 	b.mu.Lock()
 	done := b.done
-	won, lost := true, false
-	for _, c := range b.counts {
-		won = won && c.need <= 0
-		lost = lost || c.need > c.left
-	}
+	won, lost := b.outcome()
 	if done == nil || !won && !lost {
 		b.mu.Unlock()
 		return done == nil

@@ -39,7 +39,7 @@ type peers struct {
 
 	mu      sync.Mutex
 	outward map[outward]*grpc.ClientConn
-	open    map[net.Conn]struct{} // whose greeting is not over
+	open    map[net.Conn]struct{} // whose greeting is not over, and raft's, which raft does not close
 	detach  func(call string)
 	closed  bool
 	group   sync.WaitGroup
@@ -197,6 +197,12 @@ func (p *peers) greeted(conn net.Conn) {
 	kind, conn, ok := p.hear(conn)
 	p.mu.Lock()
 	delete(p.open, raw)
+	if ok && kind == kindRaft {
+		conn = &tracked{conn, p}
+		if p.open[conn] = struct{}{}; p.closed {
+			ok = false
+		}
+	}
 	p.mu.Unlock()
 	to := map[byte]*conns{kindRaft: p.raft, kindPeer: p.peer, kindForward: p.forward}[kind]
 	if !ok || to == nil {
@@ -205,6 +211,20 @@ func (p *peers) greeted(conn net.Conn) {
 	}
 	conn.SetDeadline(time.Time{})
 	to.put(conn)
+}
+
+// tracked is a connection that stop closes.
+type tracked struct {
+	net.Conn
+	p *peers
+}
+
+// Close implements net.Conn.
+func (t *tracked) Close() error {
+	t.p.mu.Lock()
+	delete(t.p.open, t)
+	t.p.mu.Unlock()
+	return t.Conn.Close()
 }
 
 func (p *peers) hear(conn net.Conn) (byte, net.Conn, bool) {
@@ -380,6 +400,9 @@ func (p *peers) stop() {
 	p.mu.Lock()
 	p.closed = true
 	for conn := range p.open {
+		if t, ok := conn.(*tracked); ok {
+			conn = t.Conn
+		}
 		conn.Close()
 	}
 	for _, c := range p.outward {
