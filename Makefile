@@ -8,6 +8,7 @@ TOOLS         := $(CURDIR)/.tools
 FUZZTIME      ?= 60s
 LEASES        ?= 100000
 SEQUENCES     ?= 100000
+SEEDS         ?= 2000
 
 .PHONY: help
 help: ## list the targets
@@ -50,6 +51,10 @@ check-generated: generate ## fail when the generated code is not up to date
 .PHONY: oracle
 oracle: ## run SEQUENCES random sequences against the machine and its oracle
 	$(GO) test ./lease/machine -run TestOracle -rapid.checks=$(SEQUENCES)
+
+.PHONY: sim
+sim: ## simulate SEEDS clusters under faults, in virtual time
+	bash -o pipefail -c "$(GO) test ./internal/reliability/sim -v -run TestSeeds -args -seeds $(SEEDS) | grep -v '^ *--- PASS\|^=== '"
 
 .PHONY: fuzz
 fuzz: ## fuzz every decoder and validator for FUZZTIME each

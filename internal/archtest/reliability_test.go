@@ -7,6 +7,7 @@ import "maps"
 func init() {
 	maps.Copy(arrows, map[string][]string{
 		"internal/reliability/check": {},
+		"internal/reliability/sim":   {"internal/reliability/check", "lease", "lease/machine", "fence"},
 	})
 	maps.Copy(inTests, map[string][]string{})
 }

@@ -5,6 +5,8 @@ package check
 
 import (
 	"fmt"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 )
@@ -32,8 +34,8 @@ const (
 
 // What the store did, each change once, in the order of its commit.
 const (
-	LeaseMade  Kind = 64 + iota // Lease, TTL
-	Touched                     // the leader gave Lease its TTL anew (a renewal, a repeat, a waiter that left)
+	LeaseMade  Kind = 64 + iota // Lease, TTL, Request if it was made with an acquisition
+	Touched                     // the leader gave Lease, or that made with Request, its TTL anew (a renewal, a repeat, a waiter that left)
 	LeaseEnded                  // Lease, Cause
 	Queued                      // Request waits for Locks
 	Granted                     // Request, Lease, Token, Locks
@@ -46,6 +48,7 @@ const (
 	Applied   Kind = 128 + iota // replica Who has state Hash at Index
 	Disturbed                   // from here on the leader's clocks count anew, or again
 	Healed                      // the last fault has ended
+	Noted                       // Cause, for whoever reads the story
 )
 
 // The causes of an end, in the service's own words.
@@ -66,6 +69,7 @@ type Event struct {
 	Token   uint64
 	Floor   uint64
 	Locks   []string
+	Floors  []uint64 // of a grant, by lock
 	Shared  bool
 	Limit   int // of a shared hold; 0 for none
 	TTL     time.Duration
@@ -103,11 +107,47 @@ func (h *History) Add(e Event) {
 	h.events = append(h.events, e)
 }
 
-// Len is the number of events.
-func (h *History) Len() int {
+// Events returns the events in the order in which they were added.
+func (h *History) Events() []Event {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return len(h.events)
+	return slices.Clone(h.events)
+}
+
+var kindNames = map[Kind]string{
+	Asked: "asked", Acquired: "acquired", Refused: "refused", Cancelled: "cancelled", Gone: "gone",
+	Releasing: "releasing", Released: "released", Revoked: "revoked", Renewed: "renewed", Believes: "believes",
+	Doubts: "doubts", Wrote: "wrote", Read: "read", Progressed: "progressed",
+	LeaseMade: "lease made", Touched: "touched", LeaseEnded: "lease ended", Queued: "queued", Granted: "granted",
+	Left: "left", HoldEnded: "hold ended", Applied: "applied", Disturbed: "disturbed", Healed: "healed", Noted: "NOTE",
+}
+
+// String shows what of the event is set.
+func (e Event) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%v %s", e.At, kindNames[e.Kind])
+	show := func(name string, v any, set bool) {
+		if set {
+			fmt.Fprintf(&b, " %s=%v", name, v)
+		}
+	}
+	show("who", e.Who, true)
+	show("request", e.Request, e.Request != 0)
+	show("lease", e.Lease, e.Lease != 0)
+	show("token", e.Token, e.Token != 0)
+	show("floor", e.Floor, e.Floor != 0)
+	show("locks", e.Locks, e.Locks != nil)
+	show("floors", e.Floors, e.Floors != nil)
+	show("shared", e.Shared, e.Shared)
+	show("limit", e.Limit, e.Limit != 0)
+	show("ttl", e.TTL, e.TTL != 0)
+	show("sent", e.Sent, e.Sent != 0)
+	show("until", e.Until, e.Until != 0)
+	show("cause", e.Cause, e.Cause != "")
+	show("holders", e.Holders, e.Holders != nil)
+	show("index", e.Index, e.Index != 0)
+	show("hash", e.Hash, e.Hash != 0)
+	return b.String()
 }
 
 // Violation is a broken promise.

@@ -2,26 +2,21 @@ package check
 
 import (
 	"cmp"
+	"fmt"
 	"slices"
 	"time"
 )
 
 // inTime returns the events in order of time.
 func (h *History) inTime() []Event {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	list := slices.Clone(h.events)
+	list := h.Events()
 	slices.SortStableFunc(list, func(a, b Event) int { return cmp.Compare(a.At, b.At) })
 	return list
 }
 
 // inOrder returns the events in the order in which they were added: of what
 // the store did, the order of commit.
-func (h *History) inOrder() []Event {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return slices.Clone(h.events)
-}
+func (h *History) inOrder() []Event { return h.Events() }
 
 // window is the time in which one client counts on one lock.
 type window struct {
@@ -39,17 +34,25 @@ type window struct {
 // that others ended on purpose is covered by fencing only.
 func ExclusionHolds(h *History) []Violation {
 	v := &collector{name: "I1"}
-	floors := map[string]uint64{}
 	open := map[string][]window{}
 	shut := map[uint64]bool{} // tokens whose hold others ended
+	floors := trueFloors(h, v)
+	rising := map[string]uint64{}
 	for _, e := range h.inTime() {
 		switch e.Kind {
 		case Wrote:
 			lock := e.Locks[0]
-			if e.Token < floors[lock] {
-				v.add(e.At, "%s accepted a write under token %d after floor %d", lock, e.Token, floors[lock])
+			if e.Token < rising[lock] {
+				v.add(e.At, "%s accepted a write under token %d after floor %d", lock, e.Token, rising[lock])
 			}
-			floors[lock] = max(floors[lock], e.Floor)
+			floor := e.Floor
+			if !e.Shared {
+				floor = e.Token
+			}
+			if f, known := floors[floorKey(e.Token, lock)]; known {
+				floor = f
+			}
+			rising[lock] = max(rising[lock], floor)
 		case HoldEnded:
 			if e.Cause == ByOthers {
 				shut[e.Token] = true
@@ -81,6 +84,34 @@ func ExclusionHolds(h *History) []Violation {
 		}
 	}
 	return v.list
+}
+
+func floorKey(token uint64, lock string) string { return fmt.Sprint(token, " ", lock) }
+
+// trueFloors computes every grant's floors anew: the lowest token live on the
+// lock at its grant. A floor above it would turn living holders away, one
+// below would let dead ones write.
+func trueFloors(h *History, v *collector) map[string]uint64 {
+	floors := map[string]uint64{}
+	live := map[string][]uint64{} // in order of grant, and so of token
+	for _, e := range h.inOrder() {
+		switch e.Kind {
+		case Granted:
+			for i, lock := range e.Locks {
+				live[lock] = append(live[lock], e.Token)
+				floor := live[lock][0]
+				floors[floorKey(e.Token, lock)] = floor
+				if e.Floors != nil && e.Floors[i] != floor {
+					v.add(e.At, "token %d of %s has floor %d, and the lowest live is %d", e.Token, lock, e.Floors[i], floor)
+				}
+			}
+		case HoldEnded:
+			for lock, list := range live {
+				live[lock] = slices.DeleteFunc(list, func(t uint64) bool { return t == e.Token })
+			}
+		}
+	}
+	return floors
 }
 
 // TokensRise is I2. In the order of commit every grant's token is above all
@@ -232,6 +263,7 @@ func NoLeaseEndsLate(h *History) []Violation {
 	v := &collector{name: "I5"}
 	type life struct{ from, ttl time.Duration }
 	live := map[uint64]life{}
+	made := map[uint64]uint64{} // request → lease
 	var disturbed time.Duration
 	late := func(id uint64, l life, at time.Duration) {
 		due := max(l.from, disturbed) + time.Duration(float64(l.ttl)*(1+h.Rate)) + h.Lag
@@ -244,8 +276,11 @@ func NoLeaseEndsLate(h *History) []Violation {
 		case Disturbed:
 			disturbed = e.At
 		case LeaseMade:
-			live[e.Lease] = life{e.At, e.TTL}
+			live[e.Lease], made[e.Request] = life{e.At, e.TTL}, e.Lease
 		case Touched:
+			if e.Lease == 0 {
+				e.Lease = made[e.Request]
+			}
 			if l, ok := live[e.Lease]; ok {
 				live[e.Lease] = life{e.At, l.ttl}
 			}

@@ -82,6 +82,14 @@ func TestBadHistories(t *testing.T) {
 		{"a late write is accepted", "I1", "accepted a write under token 1", func(l []Event) []Event {
 			return append(l, Event{At: 20 * s, Kind: Wrote, Locks: []string{"a"}, Token: 1, Floor: 1})
 		}},
+		{"a floor is too high", "I1", "has floor 2, and the lowest live is 1", func(l []Event) []Event {
+			at(l, Granted, 0).Floors = []uint64{2}
+			return l
+		}},
+		{"a late write passes a floor that is too low", "I1", "accepted a write under token 1 after floor 2", func(l []Event) []Event {
+			at(l, Wrote, 1).Floor = 1
+			return append(l, Event{At: 12 * s, Kind: Wrote, Locks: []string{"a"}, Token: 1, Floor: 1})
+		}},
 		{"two believe", "I1", "client 1 does with token 1", func(l []Event) []Event {
 			at(l, Believes, 0).Until = 12 * s
 			return l
