@@ -61,9 +61,11 @@ type Client struct {
 	wake      chan struct{}  // buffered, one: the renewer looks at its sessions anew
 
 	mu       sync.Mutex
-	conns    []*grpc.ClientConn // by endpoint, made on first use
-	current  int                // the endpoint in use
+	conns    []*grpc.ClientConn           // by endpoint, made on first use
+	current  int                          // the endpoint in use
+	streams  map[*grpc.ClientConn]*stream // those that live, made on first use
 	sessions map[uint64]*session
+	wakeAt   time.Duration // when the renewer looks at them next
 	closed   bool
 }
 
@@ -120,8 +122,8 @@ func New(endpoints []string, opts ...Option) (*Client, error) {
 	c := &Client{
 		endpoints: endpoints, conns: make([]*grpc.ClientConn, len(endpoints)),
 		ctx: ctx, cancel: cancel, wake: make(chan struct{}, 1),
-		sessions: make(map[uint64]*session),
-		logger:   zap.NewNop(), callFor: 10 * time.Second,
+		streams: make(map[*grpc.ClientConn]*stream), sessions: make(map[uint64]*session),
+		logger: zap.NewNop(), callFor: 10 * time.Second,
 		clock: clockwork.NewRealClock(), now: boottime(),
 	}
 	if host, err := os.Hostname(); err == nil {

@@ -3,10 +3,12 @@ package client
 import (
 	"context"
 	"errors"
+	"maps"
 	"slices"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/distlock/distlock/fence"
@@ -131,9 +133,11 @@ func (c *Client) options(opts []AcquireOption) *acquireOptions {
 // acquire asks until it is answered. lease is nil for a lock with a lease of
 // its own, or under a lease of somebody else's.
 func (c *Client) acquire(ctx context.Context, names []string, o *acquireOptions, lease *Lease) (*Lock, error) {
+	// What is sent may still be on its way when this call has returned, so it
+	// shares nothing with the caller.
 	req := &pb.AcquireRequest{
-		Names: names, Mode: pb.Mode_MODE_EXCLUSIVE, Limit: o.limit, LeaseId: o.leaseID,
-		Actor: o.actor, Metadata: o.metadata, WaitForever: o.wait == nil,
+		Names: slices.Clone(names), Mode: pb.Mode_MODE_EXCLUSIVE, Limit: o.limit, LeaseId: o.leaseID,
+		Actor: o.actor, Metadata: maps.Clone(o.metadata), WaitForever: o.wait == nil,
 	}
 	if o.shared {
 		req.Mode = pb.Mode_MODE_SHARED
@@ -155,6 +159,9 @@ func (c *Client) acquire(ctx context.Context, names []string, o *acquireOptions,
 	var resp *pb.AcquireResponse
 	tried := false
 	attempt := func(ctx context.Context, conn *grpc.ClientConn) error {
+		if tried {
+			req = proto.CloneOf(req)
+		}
 		if o.wait != nil {
 			left := max(*o.wait-(c.now()-began), 0)
 			if tried && *o.wait > 0 {
@@ -169,12 +176,13 @@ func (c *Client) acquire(ctx context.Context, names []string, o *acquireOptions,
 		}
 		sent = c.now()
 		var err error
-		resp, err = locksOf(conn).Acquire(ctx, req)
+		resp, err = c.acquireOn(ctx, conn, req)
 		if err != nil && tried && toError(err).Reason == "REQUEST_ENDED" && lease == nil && o.leaseID == 0 {
 			// An attempt whose answer was lost had been refused, and so had
 			// ended. It was not granted, nor ever will be: ask anew.
+			req = proto.CloneOf(req)
 			req.RequestId = requestID()
-			resp, err = locksOf(conn).Acquire(ctx, req)
+			resp, err = c.acquireOn(ctx, conn, req)
 		}
 		tried = true
 		return err
@@ -214,8 +222,7 @@ func (c *Client) abandonUnlessAnswered(req *pb.AcquireRequest, err error) {
 	go func() {
 		defer c.abandons.Done()
 		c.call(c.ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
-			_, err := locksOf(conn).Abandon(ctx, &pb.AbandonRequest{RequestId: req.GetRequestId(), LeaseId: req.GetLeaseId()})
-			return err
+			return c.abandonOn(ctx, conn, &pb.AbandonRequest{RequestId: req.GetRequestId(), LeaseId: req.GetLeaseId()})
 		})
 	}()
 }
@@ -394,7 +401,6 @@ func (l *Lock) Release(ctx context.Context) error {
 
 func (c *Client) releaseCall(ctx context.Context, leaseID uint64, name string, token fence.Token) error {
 	return c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
-		_, err := locksOf(conn).Release(ctx, &pb.ReleaseRequest{LeaseId: leaseID, Name: name, Token: uint64(token)})
-		return err
+		return c.releaseOn(ctx, conn, &pb.ReleaseRequest{LeaseId: leaseID, Name: name, Token: uint64(token)})
 	})
 }

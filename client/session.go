@@ -47,7 +47,9 @@ func (c *Client) keep(parent context.Context, s *session, sent time.Duration) er
 		return ErrClosed
 	}
 	c.sessions[s.id] = s
-	c.poke()
+	if s.next < c.wakeAt { // else it is seen in time anyway
+		c.poke()
+	}
 	return nil
 }
 
@@ -134,6 +136,7 @@ func (c *Client) due() (due []*session, sleep time.Duration) {
 			wakeAt = min(wakeAt, s.next)
 		}
 	}
+	c.wakeAt = wakeAt
 	c.mu.Unlock()
 	for _, w := range warnings {
 		c.warn(w)
@@ -185,7 +188,7 @@ func (c *Client) keepAliveOnce(ctx context.Context, ids []uint64) (sent time.Dur
 		return 0, nil, err
 	}
 	sent = c.now()
-	resp, err := leasesOf(conn).KeepAlive(ctx, &pb.KeepAliveRequest{LeaseIds: ids})
+	resp, err := c.keepAliveOn(ctx, conn, &pb.KeepAliveRequest{LeaseIds: ids})
 	if err != nil {
 		e := toError(err)
 		c.elsewhere(at, e.Leader)

@@ -15,7 +15,12 @@ import (
 // fields belong to the loop once it is put there; done is read by the caller.
 type call struct {
 	cmd  machine.Command // nil-result commands of the manager have no done
-	done chan outcome    // buffered, one; nil when nobody waits
+	done chan outcome    // buffered, one; nil when nobody waits there
+	port *Port           // is answered instead of done
+	tag  uint64          // names the call there
+
+	weight int64 // of the port's bound
+	onPort bool  // parked, by the port's count
 
 	// Of an Acquire.
 	key      waiter
@@ -50,11 +55,14 @@ func (c *call) take(m *Manager) {
 	if err == nil && m.draining {
 		err = ErrStopping
 	}
+	if err == nil && c.port != nil {
+		err = c.port.admit(c)
+	}
 	if err == nil {
 		err = m.reserve(c)
 	}
 	if err != nil {
-		c.answer(machine.Result{}, err)
+		c.answer(m, machine.Result{}, err)
 		return
 	}
 	c.since = m.now()
@@ -136,29 +144,29 @@ func (c *call) committed(m *Manager, r machine.Result, serving bool) {
 	if c.giveUpOf != nil {
 		waited := c.giveUpOf
 		m.unpark(waited)
-		waited.answer(machine.Result{}, &WaitTimeoutError{Waited: waited.bound, Explain: waited.explain})
+		waited.answer(m, machine.Result{}, &WaitTimeoutError{Waited: waited.bound, Explain: waited.explain})
 		return
 	}
 	if r.Refusal != nil {
 		c.explain = m.withDelays(r.Refusal.Explain)
-		c.answer(r, r.Refusal)
+		c.answer(m, r, r.Refusal)
 		return
 	}
 	if !r.Waiting {
 		if c.madeLease() {
 			m.renewMade(r.Lease)
 		}
-		c.answer(r, nil)
+		c.answer(m, r, nil)
 		return
 	}
 	c.leaseID = r.Lease
 	switch {
 	case m.failed != nil:
-		c.answer(machine.Result{}, m.failed)
+		c.answer(m, machine.Result{}, m.failed)
 	case !serving:
-		c.answer(machine.Result{}, &NotLeaderError{Hint: m.hint})
+		c.answer(m, machine.Result{}, &NotLeaderError{Hint: m.hint})
 	case m.draining:
-		c.answer(machine.Result{}, ErrStopping)
+		c.answer(m, machine.Result{}, ErrStopping)
 	case !c.answered:
 		m.park(c)
 	}
@@ -189,9 +197,12 @@ func (m *Manager) renewMade(id ID) {
 func (m *Manager) park(c *call) {
 	if old := m.parked[c.key]; old != nil {
 		m.unpark(old)
-		old.answer(machine.Result{}, ErrSuperseded)
+		old.answer(m, machine.Result{}, ErrSuperseded)
 	}
 	m.parked[c.key] = c
+	if c.port != nil {
+		c.port.park(c)
+	}
 	if c.key.lease == 0 {
 		m.suspend(c.leaseID)
 	}
@@ -203,12 +214,18 @@ func (m *Manager) park(c *call) {
 	}
 }
 
-func (c *call) answer(r machine.Result, err error) {
+// asked reports whether somebody waits for the answer.
+func (c *call) asked() bool { return c.done != nil || c.port != nil }
+
+func (c *call) answer(m *Manager, r machine.Result, err error) {
 	if c.answered {
 		return
 	}
 	c.answered, c.granted = true, err == nil
-	if c.done != nil {
+	switch {
+	case c.port != nil:
+		c.port.answer(m, c, r, err)
+	case c.done != nil:
 		c.done <- outcome{r, c.explain, err}
 	}
 }
@@ -254,20 +271,28 @@ func (m *Manager) do(ctx context.Context, cmd machine.Command) (outcome, error) 
 
 // GrantLease makes a lease. Errors: *InvalidError, *ExhaustedError, *Refusal.
 func (m *Manager) GrantLease(ctx context.Context, r GrantLeaseRequest) (LeaseInfo, error) {
-	if err := errors.Join(
-		m.bounds.ttl(r.TTL), text("owner", r.Owner), metadata(r.Metadata), requestID(r.Request),
-	); err != nil {
-		return LeaseInfo{}, first(err)
+	cmd, err := m.grantCommand(r)
+	if err != nil {
+		return LeaseInfo{}, err
 	}
-	o, err := m.do(ctx, &machine.GrantLease{
-		Request: r.Request, TTL: machine.Duration(r.TTL), Owner: r.Owner, Metadata: sortedMetadata(r.Metadata),
-	})
+	o, err := m.do(ctx, cmd)
 	if err != nil {
 		return LeaseInfo{}, err
 	}
 	return LeaseInfo{
 		Lease:     machine.Lease{ID: o.result.Lease, TTL: machine.Duration(r.TTL), Owner: r.Owner, Request: r.Request},
 		Remaining: r.TTL,
+	}, nil
+}
+
+func (m *Manager) grantCommand(r GrantLeaseRequest) (*machine.GrantLease, error) {
+	if err := errors.Join(
+		m.bounds.ttl(r.TTL), text("owner", r.Owner), metadata(r.Metadata), requestID(r.Request),
+	); err != nil {
+		return nil, first(err)
+	}
+	return &machine.GrantLease{
+		Request: r.Request, TTL: machine.Duration(r.TTL), Owner: r.Owner, Metadata: sortedMetadata(r.Metadata),
 	}, nil
 }
 
@@ -406,20 +431,32 @@ func (m *Manager) Acquire(ctx context.Context, r AcquireRequest) (Grant, error) 
 		return Grant{}, cause
 	}
 	if o.err != nil {
-		var refusal *Refusal
-		if errors.As(o.err, &refusal) && refusal.Reason == machine.ReasonLockHeld {
-			return Grant{}, &HeldError{Refusal: refusal, Explain: o.explain}
-		}
-		return Grant{}, o.err
+		return Grant{}, heldError(o.err, o.explain)
 	}
 	g := Grant{Grant: *o.result.Grant, TTL: r.TTL}
 	if r.Lease != 0 {
-		m.store.Read(func(s *machine.Machine) {
-			ttl, _ := s.TTL(r.Lease)
-			g.TTL = time.Duration(ttl)
-		})
+		g.TTL = m.ttl(r.Lease)
 	}
 	return g, nil
+}
+
+// heldError is the refusal of a lock that is not free, explained; other errors
+// stay as they are.
+func heldError(err error, explain Explanation) error {
+	var refusal *Refusal
+	if errors.As(err, &refusal) && refusal.Reason == machine.ReasonLockHeld {
+		return &HeldError{Refusal: refusal, Explain: explain}
+	}
+	return err
+}
+
+// ttl is that of a live lease; 0 when it is gone.
+func (m *Manager) ttl(id ID) (ttl time.Duration) {
+	m.store.Read(func(s *machine.Machine) {
+		d, _ := s.TTL(id)
+		ttl = time.Duration(d)
+	})
+	return ttl
 }
 
 func (m *Manager) acquireCommand(r AcquireRequest) (*machine.Acquire, error) {
@@ -453,25 +490,37 @@ func (m *Manager) acquireCommand(r AcquireRequest) (*machine.Acquire, error) {
 // Release gives a hold back. Errors: *Refusal, which says why the hold is gone
 // and whether anyone was granted since.
 func (m *Manager) Release(ctx context.Context, r ReleaseRequest) error {
-	if r.Token == 0 {
-		return &InvalidError{Field: "token", Msg: "must be the token of the grant, which is never 0"}
-	}
-	if r.Lease == 0 || r.Name != "" {
-		if err := name("name", r.Name); err != nil {
-			return err
-		}
+	if err := r.check(); err != nil {
+		return err
 	}
 	_, err := m.do(ctx, &machine.Release{Lease: r.Lease, Name: r.Name, Token: r.Token})
 	return err
 }
 
+func (r *ReleaseRequest) check() error {
+	if r.Token == 0 {
+		return &InvalidError{Field: "token", Msg: "must be the token of the grant, which is never 0"}
+	}
+	if r.Lease == 0 || r.Name != "" {
+		return name("name", r.Name)
+	}
+	return nil
+}
+
 // Abandon ends a request whatever became of it.
 func (m *Manager) Abandon(ctx context.Context, lease ID, request RequestID) error {
-	if request == 0 || request >= machine.AnonymousRequest {
-		return &InvalidError{Field: "request_id", Msg: "must be the request id of the acquisition, from 1 to 2^63-1"}
+	if err := abandonable(request); err != nil {
+		return err
 	}
 	_, err := m.do(ctx, &machine.Abandon{Lease: lease, Request: request})
 	return err
+}
+
+func abandonable(request RequestID) error {
+	if request == 0 || request >= machine.AnonymousRequest {
+		return &InvalidError{Field: "request_id", Msg: "must be the request id of the acquisition, from 1 to 2^63-1"}
+	}
+	return nil
 }
 
 // ForceRelease breaks the hold with token on a lock, or every hold when token
@@ -576,19 +625,30 @@ func (m *Manager) StaleLeases(after ID, limit int) ([]LeaseInfo, bool) {
 
 // CheckToken tells whether a token is of a live hold on a lock.
 func (m *Manager) CheckToken(ctx context.Context, lock string, token fence.Token) (TokenCheck, error) {
-	if err := name("name", lock); err != nil {
+	if err := checkable(lock, token); err != nil {
 		return TokenCheck{}, err
 	}
-	if token == 0 {
-		return TokenCheck{}, &InvalidError{Field: "token", Msg: "must be the token of a grant, which is never 0"}
-	}
 	var check TokenCheck
-	err := m.linearize(ctx, func(m *Manager) {
-		m.store.Read(func(s *machine.Machine) {
-			check.Current, check.Floor, check.Live, check.Last = s.Live(lock, token)
-		})
-	})
+	err := m.linearize(ctx, func(m *Manager) { check = *m.live(lock, token) })
 	return check, err
+}
+
+func checkable(lock string, token fence.Token) error {
+	if err := name("name", lock); err != nil {
+		return err
+	}
+	if token == 0 {
+		return &InvalidError{Field: "token", Msg: "must be the token of a grant, which is never 0"}
+	}
+	return nil
+}
+
+func (m *Manager) live(lock string, token fence.Token) *TokenCheck {
+	check := &TokenCheck{}
+	m.store.Read(func(s *machine.Machine) {
+		check.Current, check.Floor, check.Live, check.Last = s.Live(lock, token)
+	})
+	return check
 }
 
 // Watch follows the locks whose names begin with prefix, from revision from

@@ -184,7 +184,7 @@ func TestACancelMeetsTheGrantAnywhere(t *testing.T) {
 							cancel(cause)
 							c := r.parked[waiter{0, 1}]
 							r.unpark(c)
-							c.answer(machine.Result{Grant: &machine.Grant{}}, nil)
+							c.answer(r.Manager, machine.Result{Grant: &machine.Grant{}}, nil)
 						}))
 					} else {
 						cancel(cause)

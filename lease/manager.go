@@ -45,6 +45,7 @@ type Manager struct {
 	spare  []input       // the loop's last inbox, emptied: the next one
 	closed bool          // the loop has ended
 	wake   chan struct{} // buffered, one
+	made   uint32        // number of the last port
 	shared Status        // what Status answers, written by the loop
 
 	loop // only the loop's goroutine touches what is in it
@@ -87,6 +88,9 @@ type loop struct {
 	marks    []mark
 	waitID   uint64
 	forgetAt timer
+
+	ports   map[uint32]*Port // that have submitted and are not closed, by number
+	ringing []*Port          // those to wake at the end of this turn
 }
 
 // leaseTimer is what the manager keeps per live lease. A lease that a parked
@@ -138,6 +142,7 @@ func New(cfg Config) (*Manager, error) {
 		ready:  make(chan struct{}),
 		wake:   make(chan struct{}, 1),
 	}
+	m.ports = make(map[uint32]*Port)
 	m.reset()
 	return m, nil
 }
@@ -190,11 +195,13 @@ func (m *Manager) Run(ctx context.Context) (err error) {
 	defer func() { m.end(err) }()
 	for {
 		m.takeInbox()
+		m.ring()
 		if m.leading {
 			m.wheel.advance(m.now(), m.fire)
 			m.propose()
 			m.confirm()
 		}
+		m.ring()
 		m.publish()
 		if at, ok := m.wheel.next(); ok && m.leading {
 			if at != alarmAt || at <= m.now() {
@@ -279,21 +286,22 @@ func (m *Manager) end(err error) {
 	}
 	if m.busy {
 		for _, c := range m.inFlight {
-			c.answer(machine.Result{}, fmt.Errorf("%w: %w", ErrOutcomeUnknown, answer))
+			c.answer(m, machine.Result{}, fmt.Errorf("%w: %w", ErrOutcomeUnknown, answer))
 		}
 	}
 	m.abandonServing(answer)
+	m.ring()
 }
 
 // abandonServing answers whoever waits with err; places in queues stay.
 func (m *Manager) abandonServing(err error) {
 	for _, c := range m.pending {
 		m.reserved.sub(c.room)
-		c.answer(machine.Result{}, err)
+		c.answer(m, machine.Result{}, err)
 	}
 	m.pending = nil
 	for _, c := range m.parked {
-		c.answer(machine.Result{}, err)
+		c.answer(m, machine.Result{}, err)
 	}
 	clear(m.parked)
 	for _, c := range append(m.asked, m.unasked...) {
@@ -542,6 +550,13 @@ func (c *committed) take(m *Manager) {
 		for i := range c.out.Events {
 			m.observe(&c.out.Events[i], now)
 		}
+		for i, call := range calls { // whose leases the events have made
+			if call.port != nil && call.granted {
+				if t := m.leases[c.out.Results[i].Lease]; t != nil {
+					t.port = call.port.number
+				}
+			}
+		}
 	}
 	m.recycle()
 }
@@ -554,11 +569,11 @@ func (m *Manager) uncommitted(calls []*call, c *committed) {
 	}
 	again := m.leading && c.term == m.term && m.failed == nil
 	for _, call := range calls {
-		call.answer(machine.Result{}, err)
+		call.answer(m, machine.Result{}, err)
 		// What the manager itself proposed is decided anew by whoever leads
 		// next; if that is still this node, it must go on trying. All of it
 		// may be applied twice.
-		if !again || call.done != nil {
+		if !again || call.asked() {
 			continue
 		}
 		if cmd, ok := call.cmd.(*machine.ExpireLeases); ok {
@@ -583,6 +598,7 @@ func (m *Manager) observe(e *Event, now time.Duration) {
 	case machine.EventLeaseGranted:
 		m.armLease(e.Lease, time.Duration(e.TTL), now)
 	case machine.EventLeaseEnded:
+		m.follow(e)
 		if t := m.leases[e.Lease]; t != nil {
 			m.wheel.disarm(&t.timer)
 			delete(m.leases, e.Lease)
@@ -598,8 +614,10 @@ func (m *Manager) observe(e *Event, now time.Duration) {
 		}
 		if c := m.parked[m.waiterOf(e)]; c != nil && !c.givingUp {
 			m.unpark(c)
-			c.answer(machine.Result{Lease: e.Lease, Grant: grantOf(e)}, nil)
+			c.answer(m, machine.Result{Lease: e.Lease, Grant: grantOf(e)}, nil)
 		}
+	case machine.EventHoldEnded:
+		m.follow(e)
 	case machine.EventAbandoned:
 		if c := m.parked[m.waiterOf(e)]; c != nil && !c.givingUp {
 			m.unpark(c)
@@ -608,7 +626,7 @@ func (m *Manager) observe(e *Event, now time.Duration) {
 				refusal.Reason = machine.ReasonLeaseEnded
 				refusal.Ended = &machine.Ended{Cause: e.Cause, By: e.By, At: e.Stamp, Revision: e.Revision}
 			}
-			c.answer(machine.Result{}, refusal)
+			c.answer(m, machine.Result{}, refusal)
 		}
 	case machine.EventDelayStarted:
 		m.armDelay(e.Locks[0].Name, e.Delay, now)
@@ -721,8 +739,10 @@ func (c *confirmed) take(m *Manager) {
 // confirmation is a renewal or read that waits until it is certain that this
 // node still leads. then runs on the loop.
 type confirmation struct {
-	then func(m *Manager)
-	done chan error // buffered, one
+	then  func(m *Manager)
+	done  chan error // buffered, one
+	port  *Port      // is answered instead of done, with
+	reply Reply
 }
 
 func (c *confirmation) take(m *Manager) {
@@ -736,6 +756,11 @@ func (c *confirmation) take(m *Manager) {
 func (c *confirmation) answer(m *Manager, err error) {
 	if err == nil && c.then != nil {
 		c.then(m)
+	}
+	if c.port != nil {
+		c.reply.Err = err
+		c.port.stage(m, c.reply)
+		return
 	}
 	c.done <- err
 }
@@ -816,7 +841,7 @@ func (drain) take(m *Manager) {
 		if c.wait.armed() {
 			m.wheel.disarm(&c.wait)
 		}
-		c.answer(machine.Result{}, ErrStopping)
+		c.answer(m, machine.Result{}, ErrStopping)
 	}
 	clear(m.parked)
 	clear(m.waits)

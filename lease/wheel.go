@@ -36,6 +36,9 @@ type timer struct {
 	kind       timerKind
 	level      uint8 // of the wheel, while armed
 	expiring   bool  // of a lease: its expiry is proposed, renewals are refused
+	// port is the one, by number, that granted or renewed a lease last and is
+	// to be told of its loss; 0 for none.
+	port uint32
 }
 
 type timerKind uint8

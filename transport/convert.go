@@ -6,6 +6,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/distlock/distlock/fence"
 	"github.com/distlock/distlock/lease"
 	"github.com/distlock/distlock/lease/machine"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
@@ -79,6 +80,21 @@ func acquireRequest(r *pb.AcquireRequest) (lease.AcquireRequest, error) {
 		Limit: r.GetLimit(), Wait: wait, LockDelay: delay, Actor: r.GetActor(),
 		Metadata: metas(r.GetMetadata()), TTL: ttl, Owner: r.GetOwner(),
 	}, nil
+}
+
+func releaseRequest(r *pb.ReleaseRequest) lease.ReleaseRequest {
+	return lease.ReleaseRequest{Lease: lease.ID(r.GetLeaseId()), Name: r.GetName(), Token: fence.Token(r.GetToken())}
+}
+
+func grantRequest(r *pb.GrantRequest) (lease.GrantLeaseRequest, error) {
+	ttl, err := duration("ttl", r.GetTtl())
+	return lease.GrantLeaseRequest{
+		Request: lease.RequestID(r.GetRequestId()), TTL: ttl, Owner: r.GetOwner(), Metadata: metas(r.GetMetadata()),
+	}, err
+}
+
+func tokenCheck(c lease.TokenCheck) *pb.CheckTokenResponse {
+	return &pb.CheckTokenResponse{Live: c.Live, CurrentToken: uint64(c.Current), LastToken: uint64(c.Last), Floor: uint64(c.Floor)}
 }
 
 func grant(g *machine.Grant, ttl time.Duration) *pb.Grant {

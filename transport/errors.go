@@ -74,6 +74,21 @@ func toStatus(err error) error {
 	if err == nil {
 		return nil
 	}
+	info, problem := details(err)
+	list := []protoadapt.MessageV1{info}
+	if problem != nil {
+		list = append(list, protoadapt.MessageV1Of(problem))
+	}
+	s, err2 := status.New(codeOf[info.GetReason()], short(err.Error())).WithDetails(list...)
+	if err2 != nil { // only for codes.OK, which the table has not
+		return status.Error(codes.Internal, short(err.Error()))
+	}
+	return s.Err()
+}
+
+// details are what goes with an error, cut so that it fits into a header;
+// problem is nil where there is nothing to say.
+func details(err error) (*errdetails.ErrorInfo, *pb.Problem) {
 	reason, problem := describe(err)
 	info := &errdetails.ErrorInfo{Reason: reason, Domain: Domain}
 	var notLeader *lease.NotLeaderError
@@ -84,17 +99,11 @@ func toStatus(err error) error {
 	case errors.As(err, &outside):
 		info.Metadata = map[string]string{"oldest": strconv.FormatUint(outside.Oldest, 10)}
 	}
-	details := []protoadapt.MessageV1{info}
 	if problem != nil {
 		problem.Reason = reason
 		fit(problem)
-		details = append(details, protoadapt.MessageV1Of(problem))
 	}
-	s, err2 := status.New(codeOf[reason], short(err.Error())).WithDetails(details...)
-	if err2 != nil { // only for codes.OK, which the table has not
-		return status.Error(codes.Internal, short(err.Error()))
-	}
-	return s.Err()
+	return info, problem
 }
 
 // A status travels in HTTP/2 headers, its details in base64 and its message

@@ -51,6 +51,7 @@ type Manager interface {
 	Declare(ctx context.Context, name string) error
 	Undeclare(ctx context.Context, name string) error
 	ReleaseClock(ctx context.Context, name string, clock uint64) error
+	NewPort(bound, waits int) *lease.Port
 	Status() lease.Status
 }
 
@@ -147,6 +148,7 @@ func NewServer(cfg Config) *Server {
 	}
 	s.grpc.RegisterService(decoding(&pb.LockService_ServiceDesc), &lockService{m: cfg.Manager, work: work, calls: calls})
 	s.grpc.RegisterService(decoding(&pb.LeaseService_ServiceDesc), &leaseService{m: cfg.Manager, work: work})
+	s.grpc.RegisterService(&pb.StreamService_ServiceDesc, &streamService{m: cfg.Manager, work: work, logger: cfg.Logger})
 	s.grpc.RegisterService(decoding(&pb.ClusterService_ServiceDesc), &clusterService{m: cfg.Manager, node: cfg.Node, cluster: cfg.Cluster, work: work})
 	s.grpc.RegisterService(decoding(&original.Distlock_ServiceDesc), &originalService{m: cfg.Manager, work: work})
 	healthpb.RegisterHealthServer(s.grpc, s.health)
@@ -163,7 +165,7 @@ func (s *Server) SetServing(serving bool) {
 		state = healthpb.HealthCheckResponse_SERVING
 	}
 	for _, service := range []string{
-		"", pb.LockService_ServiceDesc.ServiceName, pb.LeaseService_ServiceDesc.ServiceName,
+		"", pb.LockService_ServiceDesc.ServiceName, pb.LeaseService_ServiceDesc.ServiceName, pb.StreamService_ServiceDesc.ServiceName,
 		pb.ClusterService_ServiceDesc.ServiceName, original.Distlock_ServiceDesc.ServiceName,
 	} {
 		s.health.SetServingStatus(service, state)
@@ -297,13 +299,7 @@ func (w workers) elsewhere(fn func()) {
 // cause, the second frees it.
 func detachable(ctx context.Context) (context.Context, context.CancelCauseFunc, context.CancelFunc) {
 	out, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
-	stop := context.AfterFunc(ctx, func() {
-		cause := ctx.Err()
-		if a := addrOf(ctx); a != nil && a.closed.Load() {
-			cause = lease.ErrDetached
-		}
-		cancel(cause)
-	})
+	stop := context.AfterFunc(ctx, func() { cancel(endOf(ctx)) })
 	return out, cancel, func() { stop(); cancel(nil) }
 }
 
@@ -315,6 +311,15 @@ func addrOf(ctx context.Context) *markedAddr {
 		}
 	}
 	return nil
+}
+
+// endOf is why a call's context, which has ended, did: its own error, or
+// ErrDetached.
+func endOf(ctx context.Context) error {
+	if a := addrOf(ctx); a != nil && a.closed.Load() {
+		return lease.ErrDetached
+	}
+	return ctx.Err()
 }
 
 // markedListener's connections tell, through their peer's address, whether

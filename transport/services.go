@@ -49,7 +49,7 @@ func (s *lockService) Acquire(ctx context.Context, r *pb.AcquireRequest) (*pb.Ac
 
 func (s *lockService) Release(ctx context.Context, r *pb.ReleaseRequest) (_ *pb.ReleaseResponse, err error) {
 	s.work.elsewhere(func() {
-		err = s.m.Release(ctx, lease.ReleaseRequest{Lease: lease.ID(r.GetLeaseId()), Name: r.GetName(), Token: fence.Token(r.GetToken())})
+		err = s.m.Release(ctx, releaseRequest(r))
 	})
 	return &pb.ReleaseResponse{}, err
 }
@@ -143,7 +143,7 @@ func (s *lockService) CheckToken(ctx context.Context, r *pb.CheckTokenRequest) (
 	if err != nil {
 		return nil, err
 	}
-	return &pb.CheckTokenResponse{Live: c.Live, CurrentToken: uint64(c.Current), LastToken: uint64(c.Last), Floor: uint64(c.Floor)}, nil
+	return tokenCheck(c), nil
 }
 
 func (s *lockService) ForceRelease(ctx context.Context, r *pb.ForceReleaseRequest) (_ *pb.ForceReleaseResponse, err error) {
@@ -199,26 +199,35 @@ type leaseService struct {
 }
 
 func (s *leaseService) Grant(ctx context.Context, r *pb.GrantRequest) (*pb.GrantResponse, error) {
-	ttl, err := duration("ttl", r.GetTtl())
+	req, err := grantRequest(r)
 	if err != nil {
 		return nil, err
 	}
 	var info lease.LeaseInfo
-	s.work.elsewhere(func() {
-		info, err = s.m.GrantLease(ctx, lease.GrantLeaseRequest{
-			Request: lease.RequestID(r.GetRequestId()), TTL: ttl, Owner: r.GetOwner(), Metadata: metas(r.GetMetadata()),
-		})
-	})
+	s.work.elsewhere(func() { info, err = s.m.GrantLease(ctx, req) })
 	if err != nil {
 		return nil, err
 	}
-	return &pb.GrantResponse{LeaseId: uint64(info.ID), Ttl: durationpb.New(ttl)}, nil
+	return &pb.GrantResponse{LeaseId: uint64(info.ID), Ttl: durationpb.New(req.TTL)}, nil
 }
 
 // maxKeepAlive bounds the leases renewed by one message.
 const maxKeepAlive = 10_000
 
 func (s *leaseService) KeepAlive(ctx context.Context, r *pb.KeepAliveRequest) (*pb.KeepAliveResponse, error) {
+	ids, err := keepAliveIDs(r)
+	if err != nil {
+		return nil, err
+	}
+	var list []lease.KeepAlive
+	s.work.elsewhere(func() { list, err = s.m.KeepAlive(ctx, ids) })
+	if err != nil {
+		return nil, err
+	}
+	return keptAlive(list)
+}
+
+func keepAliveIDs(r *pb.KeepAliveRequest) ([]lease.ID, error) {
 	if len(r.GetLeaseIds()) > maxKeepAlive {
 		return nil, &lease.InvalidError{Field: "lease_ids", Msg: "must be at most " + strconv.Itoa(maxKeepAlive)}
 	}
@@ -226,12 +235,11 @@ func (s *leaseService) KeepAlive(ctx context.Context, r *pb.KeepAliveRequest) (*
 	for i, id := range r.GetLeaseIds() {
 		ids[i] = lease.ID(id)
 	}
-	var list []lease.KeepAlive
-	var err error
-	s.work.elsewhere(func() { list, err = s.m.KeepAlive(ctx, ids) })
-	if err != nil {
-		return nil, err
-	}
+	return ids, nil
+}
+
+// keptAlive is the answer to a renewal. Its error is of the whole.
+func keptAlive(list []lease.KeepAlive) (*pb.KeepAliveResponse, error) {
 	out := &pb.KeepAliveResponse{Results: make([]*pb.KeepAliveResponse_Result, len(list))}
 	for i, k := range list {
 		result := &pb.KeepAliveResponse_Result{LeaseId: uint64(k.Lease)}

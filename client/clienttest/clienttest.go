@@ -16,9 +16,11 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/distlock/distlock/client"
 	"github.com/distlock/distlock/internal/server"
+	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
 
 // Server is a distlock server in this process. Its methods may be called from
@@ -65,7 +67,8 @@ func (s *Server) Client(t testing.TB, opts ...client.Option) *client.Client {
 	t.Helper()
 	c, err := client.New([]string{s.Endpoint}, append([]client.Option{
 		client.WithClock(s.Clock), client.WithCallTimeout(5 * time.Second),
-		client.WithDialOptions(grpc.WithContextDialer(s.dial), grpc.WithUnaryInterceptor(s.intercept)),
+		client.WithDialOptions(grpc.WithContextDialer(s.dial),
+			grpc.WithUnaryInterceptor(s.intercept), grpc.WithStreamInterceptor(s.interceptStream)),
 	}, opts...)...)
 	if err != nil {
 		t.Fatal(err)
@@ -133,12 +136,94 @@ func (s *Server) dial(ctx context.Context, address string) (net.Conn, error) {
 	return conn, nil
 }
 
-func (s *Server) intercept(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+func (s *Server) isPaused() bool {
 	s.mu.Lock()
-	paused := s.paused
-	s.mu.Unlock()
-	if paused && strings.HasSuffix(method, "/KeepAlive") {
-		return status.Error(codes.Unavailable, "clienttest: renewals are paused")
+	defer s.mu.Unlock()
+	return s.paused
+}
+
+func (s *Server) intercept(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	if s.isPaused() && strings.HasSuffix(method, "/KeepAlive") {
+		return status.Error(codes.Unavailable, pausedMessage)
 	}
 	return invoke(ctx, method, req, reply, cc, opts...)
+}
+
+const pausedMessage = "clienttest: renewals are paused"
+
+func (s *Server) interceptStream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, open grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+	stream, err := open(ctx, desc, cc, method, opts...)
+	if err != nil || !strings.HasSuffix(method, "/Multiplex") {
+		return stream, err
+	}
+	p := &pausable{ClientStream: stream, server: s, in: make(chan received)}
+	go p.receive()
+	return p, nil
+}
+
+// pausable answers the renewals on a stream itself while they are paused.
+type pausable struct {
+	grpc.ClientStream
+	server *Server
+	in     chan received // from the server, or made up
+}
+
+type received struct {
+	msg *pb.MultiplexResponse
+	err error
+}
+
+// SendMsg implements grpc.ClientStream.
+func (p *pausable) SendMsg(m any) error {
+	if msg, ok := m.(*pb.MultiplexRequest); ok && p.server.isPaused() {
+		out := &pb.MultiplexRequest{}
+		failed := &pb.MultiplexResponse{}
+		for _, op := range msg.GetOperations() {
+			if op.GetKeepAlive() == nil {
+				out.Operations = append(out.Operations, op)
+				continue
+			}
+			failed.Answers = append(failed.Answers, &pb.Answer{Id: op.GetId(), Result: &pb.Answer_Failure{
+				Failure: &pb.Failure{Code: int32(codes.Unavailable), Message: pausedMessage},
+			}})
+		}
+		if len(failed.Answers) > 0 {
+			select {
+			case p.in <- received{msg: failed}:
+			case <-p.Context().Done():
+			}
+		}
+		m = out
+	}
+	return p.ClientStream.SendMsg(m)
+}
+
+// receive passes on what the server sends, until the stream ends.
+func (p *pausable) receive() {
+	for {
+		r := received{msg: &pb.MultiplexResponse{}}
+		r.err = p.ClientStream.RecvMsg(r.msg)
+		select {
+		case p.in <- r:
+		case <-p.Context().Done():
+			return
+		}
+		if r.err != nil {
+			return
+		}
+	}
+}
+
+// RecvMsg implements grpc.ClientStream.
+func (p *pausable) RecvMsg(m any) error {
+	select {
+	case r := <-p.in:
+		if r.err != nil {
+			return r.err
+		}
+		proto.Merge(m.(proto.Message), r.msg)
+		return nil
+	case <-p.Context().Done():
+		return status.FromContextError(p.Context().Err()).Err()
+	}
 }

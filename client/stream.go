@@ -1,0 +1,353 @@
+package client
+
+import (
+	"context"
+	"io"
+	"runtime"
+	"slices"
+	"sync"
+	"unicode/utf8"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/distlock/distlock/fence"
+	pb "github.com/distlock/distlock/proto/distlock/v1"
+)
+
+const (
+	// maxMessage is about how large a message of gathered operations grows.
+	maxMessage = 256 << 10
+	// maxGathered bounds the operations in one.
+	maxGathered = 4096
+	// maxOnStream is the size above which an operation is a call of its own:
+	// one that the server finds too large would end the stream for all.
+	maxOnStream = 128 << 10
+)
+
+// stream carries the client's operations on one connection: those that callers
+// ask for while a message is on its way leave together in the next. It ends,
+// for good, with its first error, which everybody who still waits gets; whoever
+// asks then gets a new one. Two goroutines belong to it, one that sends and one
+// that receives.
+type stream struct {
+	client *Client
+	conn   *grpc.ClientConn
+	wake   chan struct{} // buffered, one: there is something to send
+
+	mu    sync.Mutex
+	last  uint64 // id given out
+	queue []*pb.Operation
+	open  map[uint64]chan *pb.Answer // of what is not answered, by id; nil when nobody waits
+	err   error                      // why it ended
+}
+
+// streamOn returns the stream of a connection.
+func (c *Client) streamOn(conn *grpc.ClientConn) (*stream, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if s := c.streams[conn]; s != nil {
+		return s, nil
+	}
+	if c.ctx.Err() != nil {
+		return nil, ErrClosed
+	}
+	s := &stream{client: c, conn: conn, wake: make(chan struct{}, 1), open: make(map[uint64]chan *pb.Answer)}
+	c.streams[conn] = s
+	c.group.Add(1)
+	go s.run()
+	return s, nil
+}
+
+// run opens the stream and sends until it ends.
+func (s *stream) run() {
+	defer s.client.group.Done()
+	ctx, cancel := context.WithCancel(s.client.ctx)
+	defer cancel()
+	rpc, err := pb.NewStreamServiceClient(s.conn).Multiplex(ctx)
+	if err != nil {
+		s.end(err)
+		return
+	}
+	s.client.group.Add(1)
+	go func() {
+		defer s.client.group.Done()
+		s.end(s.receive(rpc))
+		cancel()
+	}()
+	for {
+		select {
+		case <-s.wake:
+		case <-ctx.Done():
+			return
+		}
+		// Whoever else is about to ask comes along.
+		runtime.Gosched()
+		for {
+			msg := s.gather()
+			if msg == nil {
+				break
+			}
+			if rpc.Send(msg) != nil {
+				<-ctx.Done() // receive learns why
+				return
+			}
+		}
+	}
+}
+
+// gather makes a message of what is queued; nil when nothing is.
+func (s *stream) gather() *pb.MultiplexRequest {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n, bytes := 0, 0
+	for n < len(s.queue) && n < maxGathered && bytes < maxMessage {
+		bytes += sizeOf(s.queue[n])
+		n++
+	}
+	if n == 0 {
+		return nil
+	}
+	msg := &pb.MultiplexRequest{Operations: s.queue[:n:n]}
+	if s.queue = s.queue[n:]; len(s.queue) == 0 {
+		s.queue = nil
+	}
+	return msg
+}
+
+func (s *stream) receive(rpc grpc.BidiStreamingClient[pb.MultiplexRequest, pb.MultiplexResponse]) error {
+	for {
+		msg, err := rpc.Recv()
+		if err != nil {
+			return err
+		}
+		var undo []*pb.Grant
+		s.mu.Lock()
+		for _, a := range msg.GetAnswers() {
+			waits, ok := s.open[a.GetId()]
+			delete(s.open, a.GetId())
+			switch {
+			case waits != nil:
+				waits <- a
+			case ok && a.GetAcquire().GetGrant().GetRequestId() == 0 && a.GetAcquire() != nil:
+				// Cancelled, and granted in the race. Without a request id
+				// nobody could abandon it.
+				undo = append(undo, a.GetAcquire().GetGrant())
+			}
+		}
+		s.mu.Unlock()
+		for _, g := range undo {
+			s.post(&pb.Operation{Call: &pb.Operation_Release{Release: &pb.ReleaseRequest{LeaseId: g.GetLeaseId(), Token: g.GetToken()}}}, nil)
+		}
+		for _, l := range msg.GetLosses() {
+			s.client.toldLoss(l)
+		}
+	}
+}
+
+// end fails whatever still waits.
+func (s *stream) end(err error) {
+	s.client.mu.Lock()
+	if s.client.streams[s.conn] == s {
+		delete(s.client.streams, s.conn)
+	}
+	closed := s.client.ctx.Err() != nil
+	s.client.mu.Unlock()
+	switch code := status.Code(err); {
+	case closed:
+		err = ErrClosed
+	case err == io.EOF, code == codes.Canceled, code == codes.Internal, code == codes.Unknown:
+		// Whatever tore it, an operation on it may be tried again.
+		err = status.Error(codes.Unavailable, "the stream ended: "+err.Error())
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.err = err
+	for id, waits := range s.open {
+		if waits != nil {
+			close(waits)
+		}
+		delete(s.open, id)
+	}
+	s.queue = nil
+}
+
+// post queues an operation; its answer goes to waits, which is buffered and is
+// closed instead when the stream ends. The id is that to cancel it by.
+func (s *stream) post(op *pb.Operation, waits chan *pb.Answer) (id uint64, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err != nil {
+		return 0, s.err
+	}
+	s.last++
+	op.Id = s.last
+	if _, cancels := op.Call.(*pb.Operation_Cancel); !cancels { // which is not answered
+		s.open[op.Id] = waits
+	}
+	s.queue = append(s.queue, op)
+	if len(s.queue) == 1 {
+		select {
+		case s.wake <- struct{}{}:
+		default:
+		}
+	}
+	return op.Id, nil
+}
+
+// forget is for a caller that no longer waits.
+func (s *stream) forget(id uint64, acquire bool) {
+	s.mu.Lock()
+	_, sent := s.open[id]
+	if i := slices.IndexFunc(s.queue, func(op *pb.Operation) bool { return op.Id == id }); i >= 0 {
+		s.queue = slices.Delete(s.queue, i, i+1)
+		delete(s.open, id)
+		sent = false
+	} else if sent {
+		s.open[id] = nil
+	}
+	s.mu.Unlock()
+	if sent && acquire {
+		s.post(&pb.Operation{Call: &pb.Operation_Cancel{Cancel: &pb.CancelRequest{Id: id}}}, nil)
+	}
+}
+
+// answers are channels to wait on, used again once they have been answered.
+var answers = sync.Pool{New: func() any { return make(chan *pb.Answer, 1) }}
+
+// do makes one attempt of an operation. An error is a status, as that of a call.
+func (c *Client) do(ctx context.Context, conn *grpc.ClientConn, op *pb.Operation) (*pb.Answer, error) {
+	s, err := c.streamOn(conn)
+	if err != nil {
+		return nil, err
+	}
+	waits := answers.Get().(chan *pb.Answer)
+	id, err := s.post(op, waits)
+	if err != nil {
+		answers.Put(waits)
+		return nil, err
+	}
+	select {
+	case a, ok := <-waits:
+		if !ok {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return nil, s.err
+		}
+		answers.Put(waits)
+		if f := a.GetFailure(); f != nil {
+			return nil, failed(f)
+		}
+		return a, nil
+	case <-ctx.Done():
+		_, acquire := op.Call.(*pb.Operation_Acquire)
+		s.forget(id, acquire)
+		return nil, status.FromContextError(ctx.Err()).Err()
+	}
+}
+
+// failed is the error that a call on its own would have had.
+func failed(f *pb.Failure) *Error {
+	e := &Error{
+		Code: codes.Code(f.GetCode()), Message: f.GetMessage(), Reason: f.GetReason(), Leader: f.GetMetadata()["leader"],
+	}
+	if f.GetProblem() != nil {
+		e.problem(f.GetProblem())
+	}
+	return e
+}
+
+// toldLoss takes in what the server says has been lost.
+func (c *Client) toldLoss(l *pb.Loss) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := c.sessions[l.GetLeaseId()]
+	if s == nil {
+		return
+	}
+	lost := &LostError{Cause: causes[l.GetCause()], By: l.GetBy(), LeaseID: s.id}
+	if l.GetToken() == 0 {
+		c.end(s, lost)
+		return
+	}
+	s.locks = slices.DeleteFunc(s.locks, func(k *Lock) bool {
+		if k.token != fence.Token(l.GetToken()) {
+			return false
+		}
+		k.end(k.lostAs(lost))
+		return true
+	})
+}
+
+func (c *Client) acquireOn(ctx context.Context, conn *grpc.ClientConn, req *pb.AcquireRequest) (*pb.AcquireResponse, error) {
+	if !validText(req) {
+		return nil, errNotText
+	}
+	if sizeOfAcquire(req) > maxOnStream {
+		return locksOf(conn).Acquire(ctx, req)
+	}
+	a, err := c.do(ctx, conn, &pb.Operation{Call: &pb.Operation_Acquire{Acquire: req}})
+	return a.GetAcquire(), err
+}
+
+func (c *Client) releaseOn(ctx context.Context, conn *grpc.ClientConn, req *pb.ReleaseRequest) error {
+	if !utf8.ValidString(req.GetName()) {
+		return errNotText
+	}
+	_, err := c.do(ctx, conn, &pb.Operation{Call: &pb.Operation_Release{Release: req}})
+	return err
+}
+
+func (c *Client) abandonOn(ctx context.Context, conn *grpc.ClientConn, req *pb.AbandonRequest) error {
+	_, err := c.do(ctx, conn, &pb.Operation{Call: &pb.Operation_Abandon{Abandon: req}})
+	return err
+}
+
+func (c *Client) keepAliveOn(ctx context.Context, conn *grpc.ClientConn, req *pb.KeepAliveRequest) (*pb.KeepAliveResponse, error) {
+	a, err := c.do(ctx, conn, &pb.Operation{Call: &pb.Operation_KeepAlive{KeepAlive: req}})
+	return a.GetKeepAlive(), err
+}
+
+// errNotText: protobuf takes no other text, and what it does not take must not
+// end the stream for all.
+var errNotText = &Error{Reason: "INVALID_ARGUMENT", Code: codes.InvalidArgument, Message: "a name or other text of the request is not valid UTF-8"}
+
+func validText(r *pb.AcquireRequest) bool {
+	for _, name := range r.GetNames() {
+		if !utf8.ValidString(name) {
+			return false
+		}
+	}
+	for k, v := range r.GetMetadata() {
+		if !utf8.ValidString(k) || !utf8.ValidString(v) {
+			return false
+		}
+	}
+	return utf8.ValidString(r.GetOwner()) && utf8.ValidString(r.GetActor())
+}
+
+// sizeOf is about what an operation takes in a message.
+func sizeOf(op *pb.Operation) int {
+	const small = 32
+	switch call := op.GetCall().(type) {
+	case *pb.Operation_Acquire:
+		return sizeOfAcquire(call.Acquire)
+	case *pb.Operation_Release:
+		return small + len(call.Release.GetName())
+	case *pb.Operation_KeepAlive:
+		return small + 9*len(call.KeepAlive.GetLeaseIds())
+	}
+	return small
+}
+
+func sizeOfAcquire(r *pb.AcquireRequest) int {
+	n := 64 + len(r.GetOwner()) + len(r.GetActor())
+	for _, name := range r.GetNames() {
+		n += len(name) + 4
+	}
+	for k, v := range r.GetMetadata() {
+		n += len(k) + len(v) + 8
+	}
+	return n
+}

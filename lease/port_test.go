@@ -1,0 +1,334 @@
+package lease
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/distlock/distlock/lease/machine"
+)
+
+// submit hands one batch to a port.
+func submit(t *testing.T, p *Port, fill func(*Batch)) {
+	t.Helper()
+	b := p.Batch(1)
+	fill(b)
+	if err := p.Submit(t.Context(), b); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// replies waits until everybody waits, and takes what there is, by tag.
+func replies(t *testing.T, p *Port) (map[uint64]Reply, []Loss) {
+	t.Helper()
+	synctest.Wait()
+	list, losses := p.Take(nil, nil)
+	byTag := make(map[uint64]Reply)
+	for _, r := range list {
+		if _, twice := byTag[r.Tag]; twice {
+			t.Errorf("operation %d is answered twice", r.Tag)
+		}
+		byTag[r.Tag] = r
+	}
+	p.Sent(list)
+	return byTag, losses
+}
+
+func own(request RequestID, wait time.Duration, names ...string) AcquireRequest {
+	return AcquireRequest{Request: request, Names: names, TTL: time.Minute, Wait: wait, Owner: "o"}
+}
+
+func TestPortAnswersEachOperation(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		p := r.NewPort(100, 100)
+		defer p.Close(false)
+		submit(t, p, func(b *Batch) {
+			b.Acquire(1, own(1, 0, "a"))
+			b.Acquire(2, own(2, 0, "a"))
+			b.Acquire(3, own(3, 0))
+			b.GrantLease(4, GrantLeaseRequest{TTL: time.Second})
+			b.Release(5, ReleaseRequest{Lease: 1})
+			b.Abandon(6, 0, 0)
+			b.KeepAlive(7, []ID{99})
+			b.CheckToken(8, "a", 1)
+			b.RevokeLease(9, 99, "me")
+			b.ForceRelease(10, "", 0, "me")
+			b.Refuse(11, ErrStopping)
+		})
+		got, _ := replies(t, p)
+		if len(got) != 11 {
+			t.Fatalf("%d answers: %+v", len(got), got)
+		}
+		g := got[1]
+		var held *HeldError
+		var invalid *InvalidError
+		var refusal *Refusal
+		switch {
+		case g.Err != nil || g.Op != OpAcquire || g.Grant.Token == 0 || g.TTL != time.Minute:
+			t.Errorf("granted: %+v", g)
+		case !errors.As(got[2].Err, &held) || held.Explain.Obstacles[0].Holders[0].Token != g.Grant.Token:
+			t.Errorf("held: %+v", got[2])
+		case !errors.As(got[3].Err, &invalid) || invalid.Field != "names":
+			t.Errorf("no names: %+v", got[3])
+		case got[4].Err != nil || got[4].Lease == 0 || got[4].TTL != time.Second:
+			t.Errorf("lease: %+v", got[4])
+		case !errors.As(got[5].Err, &invalid) || invalid.Field != "token":
+			t.Errorf("release without a token: %+v", got[5])
+		case !errors.As(got[6].Err, &invalid) || invalid.Field != "request_id":
+			t.Errorf("abandon of nothing: %+v", got[6])
+		case got[7].Err != nil || !errors.As(got[7].KeepAlive[0].Err, &refusal):
+			t.Errorf("renewal of no lease: %+v", got[7])
+		case got[8].Err != nil || got[8].Check == nil:
+			t.Errorf("check: %+v", got[8])
+		case !errors.As(got[9].Err, &refusal) || refusal.Reason != machine.ReasonLeaseNotFound:
+			t.Errorf("revoke: %+v", got[9])
+		case !errors.As(got[10].Err, &invalid):
+			t.Errorf("force: %+v", got[10])
+		case !errors.Is(got[11].Err, ErrStopping):
+			t.Errorf("refused: %+v", got[11])
+		}
+		submit(t, p, func(b *Batch) {
+			b.Release(1, ReleaseRequest{Lease: g.Grant.Lease, Token: g.Grant.Token})
+			b.KeepAlive(2, []ID{got[4].Lease})
+			b.RevokeLease(3, got[4].Lease, "me")
+		})
+		got, losses := replies(t, p)
+		if got[1].Err != nil || got[1].Op != OpRelease || got[2].KeepAlive[0].TTL != time.Second || got[3].Err != nil {
+			t.Errorf("%+v", got)
+		}
+		if len(losses) != 1 || losses[0].Cause != machine.EndRevoked || losses[0].By != "me" || losses[0].Token != 0 {
+			t.Errorf("losses: %+v", losses)
+		}
+		if !p.Idle() {
+			t.Error("something is under way")
+		}
+	})
+}
+
+// TestAWaitOnAPortHoldsUpNobody: with a bound of 2 and many waits, a release
+// gets through.
+func TestAWaitOnAPortHoldsUpNobody(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		p := r.NewPort(2, 50)
+		defer p.Close(false)
+		submit(t, p, func(b *Batch) { b.Acquire(1, own(1, 0, "a")) })
+		got, _ := replies(t, p)
+		holder := got[1].Grant
+		for i := range uint64(50) {
+			submit(t, p, func(b *Batch) { b.Acquire(100+i, own(RequestID(100+i), WaitForever, "a")) })
+		}
+		submit(t, p, func(b *Batch) { b.Acquire(200, own(200, WaitForever, "b")) })
+		got, _ = replies(t, p)
+		var exhausted *ExhaustedError
+		if len(got) != 1 || !errors.As(got[200].Err, &exhausted) {
+			t.Fatalf("one wait too many: %+v", got)
+		}
+		for i := range uint64(50) {
+			submit(t, p, func(b *Batch) { b.Release(1, ReleaseRequest{Lease: holder.Lease, Token: holder.Token}) })
+			got, _ = replies(t, p)
+			if len(got) != 2 || got[1].Err != nil || got[100+i].Err != nil {
+				t.Fatalf("after %d: %+v", i, got)
+			}
+			holder = got[100+i].Grant
+		}
+	})
+}
+
+// TestASlowPortHoldsUpItsReader: what is not taken counts as under way.
+func TestASlowPortHoldsUpItsReader(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		p := r.NewPort(10, 10)
+		defer p.Close(false)
+		for i := range uint64(10) {
+			submit(t, p, func(b *Batch) { b.Acquire(i+1, own(RequestID(i+1), 0, fmt.Sprint("a", i))) })
+		}
+		synctest.Wait()
+		ctx, cancel := context.WithCancelCause(t.Context())
+		submitted := make(chan error, 1)
+		go func() {
+			b := p.Batch(1)
+			b.Refuse(99, ErrStopping)
+			submitted <- p.Submit(ctx, b)
+		}()
+		synctest.Wait()
+		select {
+		case err := <-submitted:
+			t.Fatalf("submitted: %v", err)
+		default:
+		}
+		list, _ := p.Take(nil, nil)
+		p.Sent(list[:1])
+		if err := <-submitted; err != nil {
+			t.Fatal(err)
+		}
+		go func() { submitted <- p.Submit(ctx, p.Batch(0)) }()
+		synctest.Wait()
+		cancel(ErrStopping)
+		if err := <-submitted; !errors.Is(err, ErrStopping) {
+			t.Fatal(err)
+		}
+	})
+}
+
+func TestCancelOnAPort(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, l := startScript(t)
+		defer r.stop()
+		p := r.NewPort(100, 100)
+		defer p.Close(false)
+		submit(t, p, func(b *Batch) { b.Acquire(1, own(1, 0, "a")); b.Acquire(2, own(2, WaitForever, "a")) })
+		if got, _ := replies(t, p); len(got) != 1 || got[1].Err != nil {
+			t.Fatalf("%+v", got)
+		}
+		submit(t, p, func(b *Batch) { b.Cancel(2); b.Cancel(7) })
+		if got, _ := replies(t, p); len(got) != 1 || !errors.Is(got[2].Err, context.Canceled) {
+			t.Fatalf("a wait: %+v", got)
+		}
+		if n := r.Status().Waiters; n != 0 {
+			t.Errorf("%d waiters", n)
+		}
+		// A grant that is in the log when it is cancelled is undone.
+		l.holding(true, false)
+		submit(t, p, func(b *Batch) { b.Acquire(3, own(3, 0, "b")) })
+		submit(t, p, func(b *Batch) { b.Cancel(3) })
+		if got, _ := replies(t, p); len(got) != 1 || !errors.Is(got[3].Err, context.Canceled) {
+			t.Fatalf("in the log: %+v", got)
+		}
+		l.holding(false, false)
+		l.commit()
+		if got, _ := replies(t, p); len(got) != 0 {
+			t.Errorf("answered twice: %+v", got)
+		}
+		if n := r.Status().Holds; n != 1 {
+			t.Errorf("%d holds", n)
+		}
+	})
+}
+
+// TestAPortThatCloses: waits are abandoned and grants that nobody heard of are
+// undone, unless the connection was lost and whoever it was may ask again.
+func TestAPortThatCloses(t *testing.T) {
+	for _, detached := range []bool{false, true} {
+		t.Run(fmt.Sprint("detached ", detached), func(t *testing.T) {
+			bubble(t, func(t *testing.T, r *rig) {
+				p := r.NewPort(100, 100)
+				submit(t, p, func(b *Batch) {
+					b.Acquire(1, own(1, 0, "a"))
+					b.Acquire(2, own(2, WaitForever, "a"))
+					b.Acquire(3, own(0, WaitForever, "a"))
+					b.Acquire(4, own(0, 0, "b")) // granted, and nobody could ask for it again
+				})
+				synctest.Wait()
+				p.Close(detached)
+				synctest.Wait()
+				status := r.Status()
+				holds, waiters := 0, 0
+				if detached {
+					holds, waiters = 1, 1
+				}
+				if status.Holds != holds || status.Waiters != waiters {
+					t.Errorf("%d holds, %d waiters", status.Holds, status.Waiters)
+				}
+				if detached { // the place is found again, and lost after a TTL
+					again := r.NewPort(10, 10)
+					defer again.Close(false)
+					submit(t, again, func(b *Batch) { b.Acquire(1, own(1, 0, "a")); b.Acquire(2, own(2, WaitForever, "a")) })
+					got, _ := replies(t, again)
+					if len(got) != 1 || got[1].Err != nil {
+						t.Fatalf("%+v", got)
+					}
+					time.Sleep(90 * time.Second)
+					got, losses := replies(t, again)
+					if got[2].Err != nil || len(losses) != 1 || losses[0].Cause != machine.EndExpired {
+						t.Errorf("%+v, losses %+v", got, losses)
+					}
+				}
+			})
+		})
+	}
+}
+
+// TestLossesOnAPort: each port hears of what it granted or renewed last, once,
+// and of no clean end.
+func TestLossesOnAPort(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		p, q := r.NewPort(100, 100), r.NewPort(100, 100)
+		defer p.Close(false)
+		defer q.Close(false)
+		submit(t, p, func(b *Batch) {
+			b.GrantLease(1, GrantLeaseRequest{TTL: time.Second})
+			b.GrantLease(2, GrantLeaseRequest{TTL: time.Hour})
+			b.Acquire(3, own(3, 0, "released"))
+			b.Acquire(4, own(4, 0, "forced"))
+			b.Acquire(5, AcquireRequest{Lease: 2, Request: 1, LowestOpen: 1, Names: []string{"under"}})
+		})
+		got, _ := replies(t, p)
+		if got[1].Lease != 1 || got[2].Lease != 2 || got[5].Err != nil || got[5].TTL != time.Hour {
+			t.Fatalf("%+v", got)
+		}
+		submit(t, q, func(b *Batch) { b.KeepAlive(1, []ID{1}) })
+		replies(t, q)
+		submit(t, p, func(b *Batch) {
+			b.Release(1, ReleaseRequest{Lease: got[3].Grant.Lease, Token: got[3].Grant.Token})
+			b.ForceRelease(2, "forced", 0, "ops")
+			b.ForceRelease(3, "under", 0, "ops")
+		})
+		_, losses := replies(t, p)
+		want := []Loss{
+			{Lease: got[4].Grant.Lease, Token: got[4].Grant.Token, Cause: machine.EndForceReleased, By: "ops"},
+			{Lease: got[4].Grant.Lease, Cause: machine.EndForceReleased, By: "ops"},
+			{Lease: 2, Token: got[5].Grant.Token, Cause: machine.EndForceReleased, By: "ops"},
+		}
+		if fmt.Sprint(losses) != fmt.Sprint(want) {
+			t.Errorf("losses %+v, want %+v", losses, want)
+		}
+		time.Sleep(2 * time.Second)
+		if _, losses := replies(t, p); len(losses) != 0 {
+			t.Errorf("of another's lease: %+v", losses)
+		}
+		if _, losses := replies(t, q); len(losses) != 1 || losses[0] != (Loss{Lease: 1, Cause: machine.EndExpired}) {
+			t.Errorf("of the lease renewed: %+v", losses)
+		}
+	})
+}
+
+// TestAPortOverFailures: whatever is under way is answered when the node loses
+// its leadership, drains or ends.
+func TestAPortOverFailures(t *testing.T) {
+	for name, fail := range map[string]func(*rig, *script) error{
+		"loses":  func(_ *rig, l *script) error { l.lose("there:1"); return ErrNotLeader },
+		"drains": func(r *rig, _ *script) error { r.Drain(); return ErrStopping },
+		"ends":   func(r *rig, _ *script) error { r.cancel(); return ErrStopping },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r, l := startScript(t)
+				defer r.log.Close()
+				p := r.NewPort(100, 100)
+				submit(t, p, func(b *Batch) { b.Acquire(1, own(1, 0, "a")); b.Acquire(2, own(2, WaitForever, "a")) })
+				if got, _ := replies(t, p); len(got) != 1 {
+					t.Fatalf("%+v", got)
+				}
+				want := fail(r, l)
+				got, _ := replies(t, p)
+				if len(got) != 1 || !errors.Is(got[2].Err, want) {
+					t.Errorf("the wait: %+v", got)
+				}
+				submit(t, p, func(b *Batch) { b.Acquire(3, own(3, 0, "c")); b.KeepAlive(4, []ID{1}) })
+				got, _ = replies(t, p)
+				if !errors.Is(got[3].Err, want) || name != "drains" && !errors.Is(got[4].Err, want) {
+					t.Errorf("afterwards: %+v", got)
+				}
+				if !p.Idle() {
+					t.Error("something is under way")
+				}
+				p.Close(false)
+				r.cancel()
+				<-r.ended
+			})
+		})
+	}
+}
