@@ -42,7 +42,7 @@ type multiplexStream = grpc.BidiStreamingServer[pb.MultiplexRequest, pb.Multiple
 func (s *streamService) Multiplex(stream multiplexStream) error {
 	port := s.m.NewPort(maxUnderWay, maxWaits)
 	connection := connectionOf(stream)
-	defer func() { port.Close(lost(connection)) }()
+	defer func() { port.Close(detached(connection)) }()
 	read := make(chan error, 1)
 	go func() { read <- s.read(stream, port) }()
 	w := writer{stream: stream, port: port}
@@ -266,5 +266,5 @@ func failure(err error) *pb.Failure {
 	}
 }
 
-// lost reports whether a call ended because its connection did.
-func lost(ctx context.Context) bool { return ctx.Err() != nil && endOf(ctx) == lease.ErrDetached }
+// detached reports whether a call ended because its connection did.
+func detached(ctx context.Context) bool { return ctx.Err() != nil && endOf(ctx) == lease.ErrDetached }
