@@ -144,7 +144,8 @@ func (r *refusal) Unwrap() []error            { return []error{r.status, r.guard
 
 // ErrorFrom makes a call's error also what the guard at the server said, a
 // *fence.StaleError or fence.ErrInvalidPass, and returns any other error as it
-// is. The resource is the one that the call showed a pass for.
+// is. The resource is the one that the call showed a pass for; "" takes the
+// server's word.
 func ErrorFrom(err error, resource string) error {
 	if err == nil {
 		return nil
@@ -163,6 +164,9 @@ func ErrorFrom(err error, resource string) error {
 			token, err1 := strconv.ParseUint(info.GetMetadata()["token"], 10, 64)
 			stored, err2 := strconv.ParseUint(info.GetMetadata()["stored"], 10, 64)
 			if err1 == nil && err2 == nil {
+				if resource == "" {
+					resource = info.GetMetadata()["resource"]
+				}
 				return &refusal{err, &fence.StaleError{Resource: resource, Token: fence.Token(token), Stored: fence.Token(stored)}}
 			}
 		case ReasonInvalidPass:

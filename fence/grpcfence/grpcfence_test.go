@@ -234,6 +234,10 @@ func TestRefusals(t *testing.T) {
 			if code, info := refusal(t, err); code != c.code || info.GetReason() != c.reason {
 				t.Errorf("%v %v: %v", code, info, err)
 			}
+			var stale *fence.StaleError
+			if c.reason == "STALE_TOKEN" && (!errors.As(err, &stale) || *stale != (fence.StaleError{Resource: "r", Token: 6, Stored: 7})) {
+				t.Errorf("%#v", err)
+			}
 			if _, info := refusal(t, err); c.reason == "STALE_TOKEN" {
 				if m := info.GetMetadata(); m["resource"] != "r" || m["token"] != "6" || m["stored"] != "7" {
 					t.Errorf("metadata %v", m)
