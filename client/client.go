@@ -24,6 +24,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jonboulle/clockwork"
@@ -59,6 +60,7 @@ type Client struct {
 	group     sync.WaitGroup // the renewer and what it starts
 	abandons  sync.WaitGroup // requests being abandoned
 	wake      chan struct{}  // buffered, one: the renewer looks at its sessions anew
+	waiting   atomic.Int64   // calls that wait for an answer
 
 	mu       sync.Mutex
 	conns    []*grpc.ClientConn           // by endpoint, made on first use
@@ -141,6 +143,10 @@ func New(endpoints []string, opts ...Option) (*Client, error) {
 	}
 	c.group.Add(1)
 	go c.renew()
+	if len(endpoints) > 1 {
+		c.group.Add(1)
+		go c.pulse()
+	}
 	return c, nil
 }
 
@@ -254,11 +260,14 @@ func (c *Client) call(ctx context.Context, fn func(context.Context, *grpc.Client
 
 // retry makes attempts until one succeeds, fails for good, or ctx ends.
 func (c *Client) retry(ctx context.Context, attempt func(context.Context, *grpc.ClientConn) error) error {
+	c.waiting.Add(1)
+	defer c.waiting.Add(-1)
 	pause := 10 * time.Millisecond
 	var last error
-	for {
+	for tries := 1; ; tries++ {
 		c.mu.Lock()
 		at := c.current
+		endpoint, endpoints := c.endpoints[at], len(c.endpoints)
 		c.mu.Unlock()
 		conn, err := c.conn(at)
 		if err != nil {
@@ -279,16 +288,21 @@ func (c *Client) retry(ctx context.Context, attempt func(context.Context, *grpc.
 			return e
 		}
 		last = e
-		c.logger.Debug("retrying", zap.String("endpoint", c.endpoints[at]), zap.Error(err))
+		c.logger.Debug("retrying", zap.String("endpoint", endpoint), zap.Error(err))
 		c.elsewhere(at, e.Leader)
+		wait := pause/2 + rand.N(pause/2)
+		if tries%endpoints != 0 { // another one may be better
+			wait = time.Millisecond
+		} else {
+			pause = min(pause*2, 500*time.Millisecond/time.Duration(endpoints))
+		}
 		select {
 		case <-ctx.Done():
 			return ended(ctx, last)
 		case <-c.ctx.Done():
 			return ErrClosed
-		case <-time.After(pause/2 + rand.N(pause/2)): // pace of the network, not of a lease
+		case <-time.After(wait): // pace of the network, not of a lease
 		}
-		pause = min(pause*2, 500*time.Millisecond)
 	}
 }
 

@@ -4,14 +4,11 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
-	"strconv"
-	"sync"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
@@ -29,12 +26,10 @@ type forwarder struct {
 	work     workers
 }
 
-// callHeader names a forwarded call, for Detach. Only members may send it.
-const callHeader = "distlock-call"
-
 const (
-	// leaderless bounds how long a call waits for somebody to lead.
-	leaderless = 5 * time.Second
+	// leaderless bounds how long a call waits for somebody to lead: an
+	// election or two. The client may know a node that can be reached.
+	leaderless = time.Second
 	// betweenTries is how long a call waits before it asks anew.
 	betweenTries = 15 * time.Millisecond
 )
@@ -50,24 +45,18 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 	until := time.Now().Add(leaderless)
 	for elsewhere(err) && time.Now().Before(until) {
 		var conn grpc.ClientConnInterface
+		var known error
 		f.work.elsewhere(func() {
 			wait, cancel := context.WithDeadline(ctx, until)
 			defer cancel()
 			defer context.AfterFunc(f.stopping, cancel)()
-			var unknown error
-			if conn, unknown = f.cluster.Leader(wait); unknown != nil {
-				until = time.Time{} // nobody leads
-				return
-			}
-			if conn == nil {
+			var led context.Context
+			if conn, led, known = f.cluster.Leader(wait); known != nil || conn == nil {
 				return
 			}
 			began := time.Now()
-			resp, err = f.send(ctx, conn, info.FullMethod, req)
-			if repeatable(req) && lost(err) {
-				err = lease.ErrNotLeader
-			}
-			if time.Since(began) > time.Second { // it was not refused at once
+			resp, err = f.send(ctx, led, conn, info.FullMethod, req)
+			if time.Since(began) > betweenTries { // it was not refused at once
 				until = time.Now().Add(leaderless)
 			}
 		})
@@ -76,19 +65,18 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 			return nil, ctx.Err()
 		case f.stopping.Err() != nil && elsewhere(err):
 			return nil, lease.ErrStopping
-		case until.IsZero():
+		case known != nil:
+			return nil, err // nobody leads
 		case conn == nil:
 			resp, err = handler(ctx, req)
-			fallthrough
-		default:
-			if elsewhere(err) {
-				f.work.elsewhere(func() {
-					select {
-					case <-time.After(betweenTries):
-					case <-ctx.Done():
-					}
-				})
-			}
+		}
+		if elsewhere(err) {
+			f.work.elsewhere(func() {
+				select {
+				case <-time.After(betweenTries):
+				case <-ctx.Done():
+				}
+			})
 		}
 	}
 	return resp, err
@@ -153,42 +141,52 @@ func repeatable(req any) bool {
 	return false
 }
 
-// send makes the call at the leader. When the client is lost, or this node
-// stops, a wait there keeps its place.
-func (f *forwarder) send(ctx context.Context, conn grpc.ClientConnInterface, method string, req any) (any, error) {
+// send makes the call at the leader. The leader takes its end for the loss of
+// the client, and keeps the place of a wait: what the client cancels is
+// abandoned by name.
+func (f *forwarder) send(ctx, led context.Context, conn grpc.ClientConnInterface, method string, req any) (any, error) {
 	resp, err := answerOf(method)
 	if err != nil {
 		return nil, err
 	}
 	out, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cancel(nil)
-	if deadline, ok := ctx.Deadline(); ok {
-		var stop context.CancelFunc
-		out, stop = context.WithDeadline(out, deadline)
-		defer stop()
+	for _, end := range []struct {
+		ctx   context.Context
+		cause error
+	}{{ctx, context.Canceled}, {led, lease.ErrNotLeader}, {f.stopping, lease.ErrStopping}} {
+		defer context.AfterFunc(end.ctx, func() { cancel(end.cause) })()
 	}
-	call := strconv.FormatUint(rand.Uint64(), 36)
-	out = metadata.NewOutgoingContext(out, metadata.Pairs(callHeader, call))
-	keep := func() {
-		bounded, stop := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-		defer stop()
-		f.cluster.Detach(bounded, call) // if it cannot be told, its connection to us is lost too
-	}
-	defer context.AfterFunc(ctx, func() {
-		if a := addrOf(ctx); a != nil && a.closed.Load() {
-			keep()
-		}
-		cancel(ctx.Err())
-	})()
-	defer context.AfterFunc(f.stopping, func() {
-		keep()
-		cancel(lease.ErrStopping)
-	})()
 	err = conn.Invoke(out, method, req, resp)
-	if err != nil && errors.Is(context.Cause(out), lease.ErrStopping) {
-		err = lease.ErrStopping
+	if err == nil {
+		return resp, nil
 	}
-	return resp, err
+	switch cause := context.Cause(out); {
+	case errors.Is(cause, lease.ErrStopping):
+		return nil, lease.ErrStopping
+	case errors.Is(cause, context.Canceled):
+		if a := addrOf(ctx); a == nil || !a.closed.Load() {
+			f.abandon(conn, req)
+		}
+		return nil, ctx.Err()
+	case cause != nil || lost(err):
+		if repeatable(req) {
+			return nil, lease.ErrNotLeader // the next leader is asked
+		}
+		return nil, lease.ErrOutcomeUnknown
+	}
+	return nil, err
+}
+
+// abandon ends a wait at the leader that the client has cancelled.
+func (f *forwarder) abandon(conn grpc.ClientConnInterface, req any) {
+	r, ok := req.(*pb.AcquireRequest)
+	if !ok || r.GetRequestId() == 0 { // the leader abandons an anonymous one itself
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), leaderless)
+	defer cancel()
+	pb.NewLockServiceClient(conn).Abandon(ctx, &pb.AbandonRequest{LeaseId: r.GetLeaseId(), RequestId: r.GetRequestId()})
 }
 
 // answerOf makes an empty answer of a method, by its full name.
@@ -215,44 +213,4 @@ func splitMethod(full string) (service, method string) {
 		}
 	}
 	return "", full
-}
-
-// forwardedCalls are the waits here whose clients are at other members.
-type forwardedCalls struct {
-	mu   sync.Mutex
-	ends map[string]context.CancelCauseFunc
-}
-
-func newForwardedCalls() *forwardedCalls {
-	return &forwardedCalls{ends: make(map[string]context.CancelCauseFunc)}
-}
-
-// add remembers how to end a call, if it is a forwarded one, until the
-// function that it returns is called.
-func (f *forwardedCalls) add(ctx context.Context, end context.CancelCauseFunc) func() {
-	if a := addrOf(ctx); a == nil || !a.peer {
-		return func() {}
-	}
-	md, _ := metadata.FromIncomingContext(ctx)
-	ids := md.Get(callHeader)
-	if len(ids) != 1 {
-		return func() {}
-	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.ends[ids[0]] = end
-	return func() {
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		delete(f.ends, ids[0])
-	}
-}
-
-func (f *forwardedCalls) detach(call string) {
-	f.mu.Lock()
-	end := f.ends[call]
-	f.mu.Unlock()
-	if end != nil {
-		end(lease.ErrDetached)
-	}
 }

@@ -59,10 +59,9 @@ type Manager interface {
 // methods are safe for concurrent use.
 type Cluster interface {
 	// Leader waits until it is known who leads, and returns a connection on
-	// which the leader takes forwarded calls; nil when this node leads.
-	Leader(ctx context.Context) (grpc.ClientConnInterface, error)
-	// Detach tells the leader that the client of a forwarded call was lost.
-	Detach(ctx context.Context, call string) error
+	// which the leader takes forwarded calls, nil when this node leads, and a
+	// context that ends once it is not known to lead any more.
+	Leader(ctx context.Context) (grpc.ClientConnInterface, context.Context, error)
 	Members() (list []lease.Member, leader string, term uint64)
 	AddMember(id, peerAddress, clusterID string) (string, error)
 	PromoteMember(id string) error
@@ -111,7 +110,6 @@ type Server struct {
 	health   *health.Server
 	stopping context.Context // ends when Stop begins
 	stop     context.CancelFunc
-	calls    *forwardedCalls
 }
 
 // NewServer returns a server. Serve starts it.
@@ -127,10 +125,9 @@ func NewServer(cfg Config) *Server {
 	}
 	work := newWorkers(cfg.Workers)
 	stopping, stop := context.WithCancel(context.Background())
-	calls := newForwardedCalls()
 	forward := &forwarder{cluster: cfg.Cluster, stopping: stopping, work: work}
 	s := &Server{
-		stopping: stopping, stop: stop, calls: calls,
+		stopping: stopping, stop: stop,
 		grpc: grpc.NewServer(
 			grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto"), cfg.MaxMessageBytes}),
 			grpc.MaxRecvMsgSize(4*cfg.MaxMessageBytes),
@@ -146,7 +143,7 @@ func NewServer(cfg Config) *Server {
 		),
 		health: health.NewServer(),
 	}
-	s.grpc.RegisterService(decoding(&pb.LockService_ServiceDesc), &lockService{m: cfg.Manager, work: work, calls: calls})
+	s.grpc.RegisterService(decoding(&pb.LockService_ServiceDesc), &lockService{m: cfg.Manager, work: work})
 	s.grpc.RegisterService(decoding(&pb.LeaseService_ServiceDesc), &leaseService{m: cfg.Manager, work: work})
 	s.grpc.RegisterService(&pb.StreamService_ServiceDesc, &streamService{m: cfg.Manager, work: work, logger: cfg.Logger})
 	s.grpc.RegisterService(decoding(&pb.ClusterService_ServiceDesc), &clusterService{m: cfg.Manager, node: cfg.Node, cluster: cfg.Cluster, work: work})
@@ -179,9 +176,6 @@ func (s *Server) Serve(l net.Listener) error { return s.grpc.Serve(markedListene
 // calls of their clients.
 func (s *Server) ServePeers(l net.Listener) error { return s.grpc.Serve(markedListener{l, true}) }
 
-// Detach lets go of a forwarded call whose client was lost: its place is kept.
-func (s *Server) Detach(call string) { s.calls.detach(call) }
-
 // Stop ends the streams, which have no end of their own, lets calls under way
 // finish for as long as ctx allows, then cuts them. No handler runs any more
 // when it returns.
@@ -206,6 +200,9 @@ func (s *Server) Stop(ctx context.Context) {
 func unary(logger *zap.Logger, work workers) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
 		defer rescue(logger, info.FullMethod, &err)
+		if info.FullMethod == healthpb.Health_Check_FullMethodName {
+			return handler(ctx, req) // a busy server is there all the same
+		}
 		if err := work.enter(ctx); err != nil {
 			return nil, toStatus(err)
 		}
@@ -295,12 +292,11 @@ func (w workers) elsewhere(fn func()) {
 
 // detachable returns a context that ends with ctx, with the cause ErrDetached
 // when ctx ends because the client's connection was lost rather than because
-// the client cancelled the call. The first function ends it with another
-// cause, the second frees it.
-func detachable(ctx context.Context) (context.Context, context.CancelCauseFunc, context.CancelFunc) {
+// the client cancelled the call.
+func detachable(ctx context.Context) (context.Context, context.CancelFunc) {
 	out, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, func() { cancel(endOf(ctx)) })
-	return out, cancel, func() { stop(); cancel(nil) }
+	return out, func() { stop(); cancel(nil) }
 }
 
 // addrOf is the address of a call's client, nil outside of Serve.
@@ -316,8 +312,8 @@ func addrOf(ctx context.Context) *markedAddr {
 // endOf is why a call's context, which has ended, did: its own error, or
 // ErrDetached.
 func endOf(ctx context.Context) error {
-	if a := addrOf(ctx); a != nil && a.closed.Load() {
-		return lease.ErrDetached
+	if a := addrOf(ctx); a != nil && (a.peer || a.closed.Load()) {
+		return lease.ErrDetached // a member abandons by name what its client cancels
 	}
 	return ctx.Err()
 }

@@ -26,9 +26,8 @@ const (
 
 type lockService struct {
 	pb.UnimplementedLockServiceServer
-	m     Manager
-	work  workers
-	calls *forwardedCalls
+	m    Manager
+	work workers
 }
 
 func (s *lockService) Acquire(ctx context.Context, r *pb.AcquireRequest) (*pb.AcquireResponse, error) {
@@ -36,9 +35,8 @@ func (s *lockService) Acquire(ctx context.Context, r *pb.AcquireRequest) (*pb.Ac
 	if err != nil {
 		return nil, err
 	}
-	ctx, end, stop := detachable(ctx)
+	ctx, stop := detachable(ctx)
 	defer stop()
-	defer s.calls.add(ctx, end)()
 	var g lease.Grant
 	s.work.elsewhere(func() { g, err = s.m.Acquire(ctx, req) })
 	if err != nil {

@@ -43,7 +43,7 @@ func (r *Replica) Backup(to io.Writer) error {
 	confirmed := make(chan error, 1)
 	r.Confirm(r.raft.CurrentTerm(), func(err error) { confirmed <- err })
 	if err := <-confirmed; err != nil {
-		return err
+		return r.notLeader()
 	}
 	view := r.cfg.Store.View()
 	counts := view.Counts()

@@ -88,6 +88,10 @@ func (r *Replica) setLeader(change func(*leader)) {
 	if change(&r.leader); r.leader != before {
 		r.tellNews()
 	}
+	if r.leader.id != before.id || r.leader.serving != before.serving {
+		r.endLed()
+		r.led, r.endLed = context.WithCancel(context.Background())
+	}
 }
 
 // tellNews is called with r.mu held.
@@ -182,24 +186,28 @@ func (r *Replica) about(address string, within time.Duration) (*peerpb.AboutResp
 }
 
 // Leader waits until it is known who leads, and returns a connection on which
-// the leader takes forwarded calls; nil when this node leads.
-func (r *Replica) Leader(ctx context.Context) (grpc.ClientConnInterface, error) {
+// the leader takes forwarded calls, nil when this node leads, and a context
+// that ends once it is not known to lead any more.
+func (r *Replica) Leader(ctx context.Context) (grpc.ClientConnInterface, context.Context, error) {
 	for {
-		news, l := r.heard(), r.known()
+		r.mu.Lock()
+		news, l, led, err := r.news, r.leader, r.led, r.err
+		r.mu.Unlock()
 		switch {
-		case r.Err() != nil:
-			return nil, lease.ErrNotLeader
+		case err != nil:
+			return nil, nil, lease.ErrNotLeader
 		case l.serving:
-			return nil, nil
+			return nil, led, nil
 		case l.id != "" && l.id != r.nodeID:
-			return r.peers.conn(l.address, kindForward)
+			conn, err := r.peers.conn(l.address, kindForward)
+			return conn, led, err
 		}
 		select {
 		case <-news:
 		case <-ctx.Done():
-			return nil, lease.ErrNotLeader
+			return nil, nil, lease.ErrNotLeader
 		case <-r.closing:
-			return nil, lease.ErrNotLeader
+			return nil, nil, lease.ErrNotLeader
 		}
 	}
 }

@@ -123,7 +123,7 @@ func (r *Replica) RemoveMember(id string) error {
 			if _, err := r.transfer(""); err != nil {
 				return err
 			}
-			return lease.ErrNotLeader
+			return r.notLeader()
 		}
 		if err := r.raft.RemoveServer(s.ID, 0, changeWithin).Error(); err != nil {
 			return err
@@ -137,7 +137,7 @@ func (r *Replica) RemoveMember(id string) error {
 // It returns who leads. Errors: ErrNotLeader, *lease.MemberError.
 func (r *Replica) TransferLeadership(id string) (leader string, err error) {
 	if r.raft.State() != raft.Leader {
-		return "", lease.ErrNotLeader
+		return "", r.notLeader()
 	}
 	if id == r.nodeID {
 		return id, nil
@@ -165,7 +165,7 @@ func (r *Replica) transfer(id string) (string, error) {
 	}
 	if err := future.Error(); err != nil {
 		if errors.Is(err, raft.ErrNotLeader) {
-			return "", lease.ErrNotLeader
+			return "", r.notLeader()
 		}
 		return "", refused(id, fmt.Sprintf("the leadership could not be handed over: %v", err))
 	}
@@ -182,7 +182,7 @@ func (r *Replica) transfer(id string) (string, error) {
 		case <-ctx.Done():
 			return "", refused(id, "the leadership was handed over, and nobody is known to lead yet")
 		case <-r.closing:
-			return "", lease.ErrNotLeader
+			return "", r.notLeader()
 		}
 	}
 }
@@ -196,18 +196,27 @@ func (r *Replica) change(fn func() error) error {
 		return refused("", "this node has no peer address: restart it with --node-id and --peer-address to make it a member of a cluster")
 	}
 	if r.raft.State() != raft.Leader {
-		return lease.ErrNotLeader
+		return r.notLeader()
 	}
 	r.members.Lock()
 	defer r.members.Unlock()
 	err := fn()
 	switch {
 	case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrLeadershipTransferInProgress):
-		return lease.ErrNotLeader
+		return r.notLeader()
 	case errors.Is(err, raft.ErrLeadershipLost), errors.Is(err, raft.ErrRaftShutdown), errors.Is(err, raft.ErrEnqueueTimeout):
 		return fmt.Errorf("%w: %w", lease.ErrOutcomeUnknown, err)
 	}
 	return err
+}
+
+// notLeader says where the leader is, if it is known.
+func (r *Replica) notLeader() error {
+	l := r.known()
+	if l.id == r.nodeID {
+		l.client = ""
+	}
+	return &lease.NotLeaderError{Hint: l.client}
 }
 
 func (r *Replica) server(id string) (raft.Server, bool) {

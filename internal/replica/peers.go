@@ -40,7 +40,6 @@ type peers struct {
 	mu      sync.Mutex
 	outward map[outward]*grpc.ClientConn
 	open    map[net.Conn]struct{} // whose greeting is not over, and raft's, which raft does not close
-	detach  func(call string)
 	closed  bool
 	group   sync.WaitGroup
 }
@@ -552,40 +551,11 @@ func (s *peerService) About(context.Context, *peerpb.AboutRequest) (*peerpb.Abou
 	}, nil
 }
 
-// Detach implements the service.
-func (s *peerService) Detach(_ context.Context, req *peerpb.DetachRequest) (*peerpb.DetachResponse, error) {
-	s.r.peers.mu.Lock()
-	detach := s.r.peers.detach
-	s.r.peers.mu.Unlock()
-	if detach != nil {
-		detach(req.GetCall())
-	}
-	return &peerpb.DetachResponse{}, nil
-}
-
 // Forwarded is where forwarded calls arrive, to be served like those of
-// clients; nil without a peer port. detach is told when the client of such a
-// call was lost.
-func (r *Replica) Forwarded(detach func(call string)) net.Listener {
+// clients; nil without a peer port.
+func (r *Replica) Forwarded() net.Listener {
 	if r.peers == nil {
 		return nil
 	}
-	r.peers.mu.Lock()
-	r.peers.detach = detach
-	r.peers.mu.Unlock()
 	return r.peers.forward
-}
-
-// Detach tells the leader that the client of a forwarded call was lost.
-func (r *Replica) Detach(ctx context.Context, call string) error {
-	l := r.known()
-	if l.id == "" || l.id == r.nodeID {
-		return nil
-	}
-	conn, err := r.peers.conn(l.address, kindPeer)
-	if err != nil {
-		return err
-	}
-	_, err = peerpb.NewPeerServiceClient(conn).Detach(ctx, &peerpb.DetachRequest{Call: call})
-	return err
 }

@@ -137,8 +137,10 @@ type Replica struct {
 	note      note
 	err       error // why the log stopped
 	closed    bool
-	leader    leader        // as known here
-	news      chan struct{} // closed and made anew when leader changes
+	leader    leader          // as known here
+	news      chan struct{}   // closed and made anew when leader changes
+	led       context.Context // ends when another leads, or nobody
+	endLed    context.CancelFunc
 	committed configuration // the last known to be
 }
 
@@ -188,6 +190,7 @@ func Open(cfg Config) (_ *Replica, err error) {
 		news:       make(chan struct{}),
 		suspects:   make(chan struct{}, 1),
 	}
+	r.led, r.endLed = context.WithCancel(context.Background())
 	r.fsm = &fsm{store: cfg.Store, fail: r.fail, learned: r.learned, configured: r.configured}
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("data directory %s: %w", cfg.Dir, cause(err))
@@ -513,6 +516,8 @@ func (r *Replica) Close() error {
 	}
 	err := r.raft.Shutdown().Error()
 	r.group.Wait()
+	r.setLeader(func(l *leader) { *l = leader{} })
+	r.endLed()
 	if r.peers != nil {
 		r.peers.close()
 	}

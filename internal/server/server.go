@@ -269,11 +269,11 @@ func (s *Server) Run(ctx context.Context) error {
 		group.Add(3)
 		go func() { // ends with the replica
 			defer group.Done()
-			s.transport.ServePeers(s.replica.Forwarded(s.transport.Detach))
+			s.transport.ServePeers(s.replica.Forwarded())
 		}()
 		go func() {
 			defer group.Done()
-			if _, err := s.replica.Leader(loop); err == nil {
+			if _, _, err := s.replica.Leader(loop); err == nil {
 				s.transport.SetServing(true)
 			}
 		}()

@@ -242,86 +242,6 @@ func (x *AboutResponse) GetLevel() uint32 {
 	return 0
 }
 
-type DetachRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Call          string                 `protobuf:"bytes,1,opt,name=call,proto3" json:"call,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *DetachRequest) Reset() {
-	*x = DetachRequest{}
-	mi := &file_distlock_peer_v1_peer_proto_msgTypes[4]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *DetachRequest) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*DetachRequest) ProtoMessage() {}
-
-func (x *DetachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_peer_v1_peer_proto_msgTypes[4]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use DetachRequest.ProtoReflect.Descriptor instead.
-func (*DetachRequest) Descriptor() ([]byte, []int) {
-	return file_distlock_peer_v1_peer_proto_rawDescGZIP(), []int{4}
-}
-
-func (x *DetachRequest) GetCall() string {
-	if x != nil {
-		return x.Call
-	}
-	return ""
-}
-
-type DetachResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *DetachResponse) Reset() {
-	*x = DetachResponse{}
-	mi := &file_distlock_peer_v1_peer_proto_msgTypes[5]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *DetachResponse) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*DetachResponse) ProtoMessage() {}
-
-func (x *DetachResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_peer_v1_peer_proto_msgTypes[5]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use DetachResponse.ProtoReflect.Descriptor instead.
-func (*DetachResponse) Descriptor() ([]byte, []int) {
-	return file_distlock_peer_v1_peer_proto_rawDescGZIP(), []int{5}
-}
-
 var File_distlock_peer_v1_peer_proto protoreflect.FileDescriptor
 
 const file_distlock_peer_v1_peer_proto_rawDesc = "" +
@@ -340,14 +260,10 @@ const file_distlock_peer_v1_peer_proto_rawDesc = "" +
 	"last_index\x18\x05 \x01(\x04R\tlastIndex\x12\x12\n" +
 	"\x04term\x18\x06 \x01(\x04R\x04term\x12\x16\n" +
 	"\x06leader\x18\a \x01(\bR\x06leader\x12\x14\n" +
-	"\x05level\x18\b \x01(\rR\x05level\"#\n" +
-	"\rDetachRequest\x12\x12\n" +
-	"\x04call\x18\x01 \x01(\tR\x04call\"\x10\n" +
-	"\x0eDetachResponse2\xeb\x01\n" +
+	"\x05level\x18\b \x01(\rR\x05level2\x9e\x01\n" +
 	"\vPeerService\x12E\n" +
 	"\x04Term\x12\x1d.distlock.peer.v1.TermRequest\x1a\x1e.distlock.peer.v1.TermResponse\x12H\n" +
-	"\x05About\x12\x1e.distlock.peer.v1.AboutRequest\x1a\x1f.distlock.peer.v1.AboutResponse\x12K\n" +
-	"\x06Detach\x12\x1f.distlock.peer.v1.DetachRequest\x1a .distlock.peer.v1.DetachResponseB<Z:github.com/distlock/distlock/proto/distlock/peer/v1;peerv1b\x06proto3"
+	"\x05About\x12\x1e.distlock.peer.v1.AboutRequest\x1a\x1f.distlock.peer.v1.AboutResponseB<Z:github.com/distlock/distlock/proto/distlock/peer/v1;peerv1b\x06proto3"
 
 var (
 	file_distlock_peer_v1_peer_proto_rawDescOnce sync.Once
@@ -361,24 +277,20 @@ func file_distlock_peer_v1_peer_proto_rawDescGZIP() []byte {
 	return file_distlock_peer_v1_peer_proto_rawDescData
 }
 
-var file_distlock_peer_v1_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_distlock_peer_v1_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
 var file_distlock_peer_v1_peer_proto_goTypes = []any{
-	(*TermRequest)(nil),    // 0: distlock.peer.v1.TermRequest
-	(*TermResponse)(nil),   // 1: distlock.peer.v1.TermResponse
-	(*AboutRequest)(nil),   // 2: distlock.peer.v1.AboutRequest
-	(*AboutResponse)(nil),  // 3: distlock.peer.v1.AboutResponse
-	(*DetachRequest)(nil),  // 4: distlock.peer.v1.DetachRequest
-	(*DetachResponse)(nil), // 5: distlock.peer.v1.DetachResponse
+	(*TermRequest)(nil),   // 0: distlock.peer.v1.TermRequest
+	(*TermResponse)(nil),  // 1: distlock.peer.v1.TermResponse
+	(*AboutRequest)(nil),  // 2: distlock.peer.v1.AboutRequest
+	(*AboutResponse)(nil), // 3: distlock.peer.v1.AboutResponse
 }
 var file_distlock_peer_v1_peer_proto_depIdxs = []int32{
 	0, // 0: distlock.peer.v1.PeerService.Term:input_type -> distlock.peer.v1.TermRequest
 	2, // 1: distlock.peer.v1.PeerService.About:input_type -> distlock.peer.v1.AboutRequest
-	4, // 2: distlock.peer.v1.PeerService.Detach:input_type -> distlock.peer.v1.DetachRequest
-	1, // 3: distlock.peer.v1.PeerService.Term:output_type -> distlock.peer.v1.TermResponse
-	3, // 4: distlock.peer.v1.PeerService.About:output_type -> distlock.peer.v1.AboutResponse
-	5, // 5: distlock.peer.v1.PeerService.Detach:output_type -> distlock.peer.v1.DetachResponse
-	3, // [3:6] is the sub-list for method output_type
-	0, // [0:3] is the sub-list for method input_type
+	1, // 2: distlock.peer.v1.PeerService.Term:output_type -> distlock.peer.v1.TermResponse
+	3, // 3: distlock.peer.v1.PeerService.About:output_type -> distlock.peer.v1.AboutResponse
+	2, // [2:4] is the sub-list for method output_type
+	0, // [0:2] is the sub-list for method input_type
 	0, // [0:0] is the sub-list for extension type_name
 	0, // [0:0] is the sub-list for extension extendee
 	0, // [0:0] is the sub-list for field type_name
@@ -395,7 +307,7 @@ func file_distlock_peer_v1_peer_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_distlock_peer_v1_peer_proto_rawDesc), len(file_distlock_peer_v1_peer_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   6,
+			NumMessages:   4,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

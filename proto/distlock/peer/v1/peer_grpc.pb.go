@@ -22,9 +22,8 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	PeerService_Term_FullMethodName   = "/distlock.peer.v1.PeerService/Term"
-	PeerService_About_FullMethodName  = "/distlock.peer.v1.PeerService/About"
-	PeerService_Detach_FullMethodName = "/distlock.peer.v1.PeerService/Detach"
+	PeerService_Term_FullMethodName  = "/distlock.peer.v1.PeerService/Term"
+	PeerService_About_FullMethodName = "/distlock.peer.v1.PeerService/About"
 )
 
 // PeerServiceClient is the client API for PeerService service.
@@ -38,9 +37,6 @@ type PeerServiceClient interface {
 	Term(ctx context.Context, in *TermRequest, opts ...grpc.CallOption) (*TermResponse, error)
 	// About tells how the member is.
 	About(ctx context.Context, in *AboutRequest, opts ...grpc.CallOption) (*AboutResponse, error)
-	// Detach tells the leader that the client of a forwarded call was lost: its
-	// place in the queue is kept for a repeat.
-	Detach(ctx context.Context, in *DetachRequest, opts ...grpc.CallOption) (*DetachResponse, error)
 }
 
 type peerServiceClient struct {
@@ -71,16 +67,6 @@ func (c *peerServiceClient) About(ctx context.Context, in *AboutRequest, opts ..
 	return out, nil
 }
 
-func (c *peerServiceClient) Detach(ctx context.Context, in *DetachRequest, opts ...grpc.CallOption) (*DetachResponse, error) {
-	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(DetachResponse)
-	err := c.cc.Invoke(ctx, PeerService_Detach_FullMethodName, in, out, cOpts...)
-	if err != nil {
-		return nil, err
-	}
-	return out, nil
-}
-
 // PeerServiceServer is the server API for PeerService service.
 // All implementations must embed UnimplementedPeerServiceServer
 // for forward compatibility.
@@ -92,9 +78,6 @@ type PeerServiceServer interface {
 	Term(context.Context, *TermRequest) (*TermResponse, error)
 	// About tells how the member is.
 	About(context.Context, *AboutRequest) (*AboutResponse, error)
-	// Detach tells the leader that the client of a forwarded call was lost: its
-	// place in the queue is kept for a repeat.
-	Detach(context.Context, *DetachRequest) (*DetachResponse, error)
 	mustEmbedUnimplementedPeerServiceServer()
 }
 
@@ -110,9 +93,6 @@ func (UnimplementedPeerServiceServer) Term(context.Context, *TermRequest) (*Term
 }
 func (UnimplementedPeerServiceServer) About(context.Context, *AboutRequest) (*AboutResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method About not implemented")
-}
-func (UnimplementedPeerServiceServer) Detach(context.Context, *DetachRequest) (*DetachResponse, error) {
-	return nil, status.Error(codes.Unimplemented, "method Detach not implemented")
 }
 func (UnimplementedPeerServiceServer) mustEmbedUnimplementedPeerServiceServer() {}
 func (UnimplementedPeerServiceServer) testEmbeddedByValue()                     {}
@@ -171,24 +151,6 @@ func _PeerService_About_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
-func _PeerService_Detach_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
-	in := new(DetachRequest)
-	if err := dec(in); err != nil {
-		return nil, err
-	}
-	if interceptor == nil {
-		return srv.(PeerServiceServer).Detach(ctx, in)
-	}
-	info := &grpc.UnaryServerInfo{
-		Server:     srv,
-		FullMethod: PeerService_Detach_FullMethodName,
-	}
-	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(PeerServiceServer).Detach(ctx, req.(*DetachRequest))
-	}
-	return interceptor(ctx, in, info, handler)
-}
-
 // PeerService_ServiceDesc is the grpc.ServiceDesc for PeerService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -203,10 +165,6 @@ var PeerService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "About",
 			Handler:    _PeerService_About_Handler,
-		},
-		{
-			MethodName: "Detach",
-			Handler:    _PeerService_Detach_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
