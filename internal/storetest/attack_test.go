@@ -16,6 +16,8 @@ import (
 
 	"github.com/distlock/distlock/client"
 	"github.com/distlock/distlock/fence"
+	"github.com/distlock/distlock/fence/grpcfence"
+	"github.com/distlock/distlock/fence/httpfence"
 	"github.com/distlock/distlock/internal/server"
 )
 
@@ -65,6 +67,12 @@ func serve(t testing.TB) string {
 	})
 	return srv.Addr().String()
 }
+
+// What the guards of transports need of a lock, the client's has.
+var (
+	_ httpfence.Holder = (*client.Lock)(nil)
+	_ grpcfence.Holder = (*client.Lock)(nil)
+)
 
 // child is a child process that is spoken with in lines.
 type child struct {
@@ -179,10 +187,10 @@ func TestLateWrite(t *testing.T) {
 				name = kind + "/unguarded"
 			}
 			t.Run(strings.ReplaceAll(name, " ", "-"), func(t *testing.T) {
+				t.Parallel()
 				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 				defer cancel()
 				s := newTarget(t, kind, guarded)
-				s.Resource = "document"
 				to, err := connect(s)
 				if err != nil {
 					t.Fatal(err)

@@ -57,6 +57,12 @@ func holdInRounds(c *client.Client, s spec) error {
 	defer to.close()
 	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
 		lock, err := c.Acquire(ctx, s.Resource, client.TTL(roundTTL))
+		for range 20 { // a slow machine may lose so short a lease before it has it
+			if err == nil {
+				break
+			}
+			lock, err = c.Acquire(ctx, s.Resource, client.TTL(roundTTL))
+		}
 		if err != nil {
 			return err
 		}

@@ -51,19 +51,13 @@ func TestOldSnapshotAdmitsNobody(t *testing.T) {
 						t.Fatal(err)
 					}
 					defer alice.Rollback()
-					var n int
-					if err := alice.QueryRowContext(ctx, "SELECT COUNT(*) FROM "+x.table).Scan(&n); err != nil || n != 1 {
-						t.Fatal(n, err)
-					}
+					first := "SELECT COUNT(*) FROM " + x.table
 					if on.dialect == sqlfence.MySQL && level == sql.LevelSerializable {
-						// What she has read is locked: Bob would wait. She ends
-						// first, then.
-						if err := write(alice, pass(7), "alice's"); err != nil {
-							t.Fatal(err)
-						}
-						if err := alice.Commit(); err != nil {
-							t.Fatal(err)
-						}
+						first = "SELECT 1" // a read would lock, and Bob wait
+					}
+					var n int
+					if err := alice.QueryRowContext(ctx, first).Scan(&n); err != nil || n != 1 {
+						t.Fatal(n, err)
 					}
 					bob, err := x.db.BeginTx(ctx, nil)
 					if err != nil {
@@ -211,6 +205,57 @@ func TestColumnTellsStaleFromMissing(t *testing.T) {
 			var floor int64
 			if err := x.db.QueryRowContext(ctx, "SELECT fence FROM "+x.table).Scan(&floor); err != nil || floor != 7 {
 				t.Errorf("the floor is %d, %v", floor, err)
+			}
+		})
+	}
+}
+
+// TestPlainSelectGuardsNothing is a classic mistake: the check is a plain
+// SELECT, in the transaction of the write, and is right at no database's
+// default level but SQLite's.
+func TestPlainSelectGuardsNothing(t *testing.T) {
+	for _, on := range databases {
+		if on.dialect == sqlfence.SQLite {
+			continue // refuses the second writer
+		}
+		t.Run(on.name, func(t *testing.T) {
+			ctx := t.Context()
+			x := newTexts(t, on, on.open(t))
+			if err := (columns{x}).make(ctx, "r"); err != nil {
+				t.Fatal(err)
+			}
+			check := func(tx *sql.Tx, p fence.Pass) {
+				t.Helper()
+				var stored int64
+				if err := tx.QueryRowContext(ctx, "SELECT fence FROM "+x.table).Scan(&stored); err != nil || fence.Token(stored) > p.Token {
+					t.Fatal(stored, err)
+				}
+			}
+			write := func(tx *sql.Tx, p fence.Pass, s string) {
+				t.Helper()
+				if _, err := tx.ExecContext(ctx, fmt.Sprintf("UPDATE %s SET fence = %d, text = '%x'", x.table, p.Token, s)); err != nil {
+					t.Fatal(err)
+				}
+				if err := tx.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			alice, err := x.db.BeginTx(ctx, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer alice.Rollback()
+			check(alice, pass(7))
+			bob, err := x.db.BeginTx(ctx, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer bob.Rollback()
+			check(bob, pass(8))
+			write(bob, pass(8), "bob's")
+			write(alice, pass(7), "alice's")
+			if text, err := x.Read(ctx, "r"); err != nil || text != "alice's" {
+				t.Errorf("the text is %q, %v: the mistake has no effect here", text, err)
 			}
 		})
 	}

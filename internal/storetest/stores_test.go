@@ -17,6 +17,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/go-sql-driver/mysql"
 	"github.com/redis/go-redis/v9"
 	_ "modernc.org/sqlite" // driver "sqlite"
 
@@ -72,6 +73,7 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	mysql.SetLogger(&mysql.NopLogger{}) // of servers that are meant to crash
 	os.Exit(run(m))
 }
 

@@ -209,10 +209,9 @@ func (g grpcTarget) close() error                             { return g.conn.Cl
 // newTarget makes a fresh resource of the kind.
 func newTarget(t testing.TB, kind string, guarded bool) spec {
 	t.Helper()
-	s := spec{Kind: kind, Guarded: guarded, Resource: "document"}
+	s := spec{Kind: kind, Guarded: guarded, Resource: fmt.Sprintf("document-%d", tables.Add(1))}
 	switch kind {
 	case "Redis":
-		openRedis(t, redisServer)
 		s.DSN = redisServer.get(t).DSN
 	case "file":
 		s.DSN = t.TempDir()
@@ -232,7 +231,8 @@ func newTarget(t testing.TB, kind string, guarded bool) spec {
 		var options []grpc.ServerOption
 		if guarded {
 			options = append(options, grpc.UnaryInterceptor(grpcfence.Interceptor{
-				Guard: new(fence.Memory), Reads: func(method string) bool { return method == "/Document/Get" },
+				Guard: new(fence.Memory), Resource: func(context.Context, string, any) string { return s.Resource },
+				Reads: func(method string) bool { return method == "/Document/Get" },
 			}.Unary()))
 		}
 		srv := grpc.NewServer(options...)

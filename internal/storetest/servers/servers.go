@@ -30,16 +30,32 @@ type Server struct {
 	// DSN is how to reach it: for sql.Open, or host and port for Redis.
 	DSN string
 
+	as     *syscall.Credential
+	args   []string
+	ping   func(ctx context.Context, dsn string) error
 	cmd    *exec.Cmd
 	dir    string
 	log    *lockedBuffer
 	exited chan struct{}
 	err    error // of the process; valid once exited is closed
 	quit   syscall.Signal
+	crash  syscall.Signal
 }
 
 // Pid is the process that the server is.
 func (s *Server) Pid() int { return s.cmd.Process.Pid }
+
+// Crash ends the server as if it had crashed, and waits for it.
+func (s *Server) Crash() error {
+	if err := s.cmd.Process.Signal(s.crash); err != nil {
+		return err
+	}
+	<-s.exited
+	return nil
+}
+
+// Restart starts a server that has ended, where it was and with its data.
+func (s *Server) Restart() error { return s.run() }
 
 // Stop ends the server by its id, and waits for it.
 func (s *Server) Stop() error {
@@ -88,7 +104,9 @@ func Postgres(durable Durable) (*Server, error) {
 		return args, "postgres://test@127.0.0.1:" + port + "/postgres?sslmode=disable"
 	}, pingSQL("pgx"))
 	if err == nil {
-		s.quit = syscall.SIGINT // fast shutdown
+		// A fast shutdown, and an immediate one, after which it recovers from
+		// its log. Killed by SIGKILL it would leave processes behind.
+		s.quit, s.crash = syscall.SIGINT, syscall.SIGQUIT
 	}
 	return s, err
 }
@@ -193,7 +211,7 @@ func asUser(name string) (*syscall.Credential, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid), NoSetGroups: false}, nil
+	return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}, nil
 }
 
 func tempDir(as *syscall.Credential) (string, error) {
@@ -244,10 +262,16 @@ func startOnce(as *syscall.Credential, dir string, args func(string) ([]string, 
 		return nil, err
 	}
 	all, dsn := args(port)
-	s := &Server{DSN: dsn, dir: dir, cmd: command(as, dir, all[0], all[1:]...), log: new(lockedBuffer), exited: make(chan struct{}), quit: syscall.SIGTERM}
+	s := &Server{DSN: dsn, as: as, args: all, ping: ping, dir: dir, log: new(lockedBuffer), quit: syscall.SIGTERM, crash: syscall.SIGKILL}
+	return s, s.run()
+}
+
+// run starts the process, and waits until it answers.
+func (s *Server) run() error {
+	s.cmd, s.exited = command(s.as, s.dir, s.args[0], s.args[1:]...), make(chan struct{})
 	s.cmd.Stdout, s.cmd.Stderr = s.log, s.log
 	if err := s.cmd.Start(); err != nil {
-		return nil, err
+		return err
 	}
 	go func() {
 		s.err = s.cmd.Wait()
@@ -256,17 +280,17 @@ func startOnce(as *syscall.Credential, dir string, args func(string) ([]string, 
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	for {
-		err := ping(ctx, dsn)
+		err := s.ping(ctx, s.DSN)
 		if err == nil {
-			return s, nil
+			return nil
 		}
 		select {
 		case <-s.exited:
-			return nil, fmt.Errorf("%s ended: %w\n%s", all[0], s.err, s.log)
+			return fmt.Errorf("%s ended: %w\n%s", s.args[0], s.err, s.log)
 		case <-ctx.Done():
 			s.cmd.Process.Kill()
 			<-s.exited
-			return nil, fmt.Errorf("%s does not answer: %w\n%s", all[0], err, s.log)
+			return fmt.Errorf("%s does not answer: %w\n%s", s.args[0], err, s.log)
 		case <-time.After(50 * time.Millisecond): // until it listens
 		}
 	}
