@@ -159,12 +159,30 @@ type Member struct {
 	AppliedIndex                         uint64
 }
 
+// ReadOption changes how Get, List, LeaseInfo and Leases read.
+type ReadOption func(*pb.Consistency)
+
+// Stale reads what the node that is asked has, leader or not, which may be
+// behind: it costs the leader nothing and works without one. What is left of
+// TTLs and lock-delays only the leader knows. Without it a read has every
+// change that was acknowledged before it began.
+func Stale() ReadOption {
+	return func(c *pb.Consistency) { *c = pb.Consistency_CONSISTENCY_STALE }
+}
+
+func consistency(opts []ReadOption) (c pb.Consistency) {
+	for _, opt := range opts {
+		opt(&c)
+	}
+	return c
+}
+
 // Get shows a lock. One that nobody holds, waits for or declared is an answer
 // too.
-func (c *Client) Get(ctx context.Context, name string) (LockInfo, error) {
+func (c *Client) Get(ctx context.Context, name string, opts ...ReadOption) (LockInfo, error) {
 	var resp *pb.GetResponse
 	err := c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) (err error) {
-		resp, err = locksOf(conn).Get(ctx, &pb.GetRequest{Name: name})
+		resp, err = locksOf(conn).Get(ctx, &pb.GetRequest{Name: name, Consistency: consistency(opts)})
 		return err
 	})
 	return lockInfo(resp.GetLock()), err
@@ -172,9 +190,9 @@ func (c *Client) Get(ctx context.Context, name string) (LockInfo, error) {
 
 // List shows the locks whose names begin with prefix, in order of name. Each
 // page is consistent in itself.
-func (c *Client) List(ctx context.Context, prefix string) iter.Seq2[LockInfo, error] {
+func (c *Client) List(ctx context.Context, prefix string, opts ...ReadOption) iter.Seq2[LockInfo, error] {
 	return func(yield func(LockInfo, error) bool) {
-		req := &pb.ListRequest{Prefix: prefix, PageSize: 500}
+		req := &pb.ListRequest{Prefix: prefix, PageSize: 500, Consistency: consistency(opts)}
 		for {
 			var resp *pb.ListResponse
 			err := c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) (err error) {
@@ -273,19 +291,19 @@ func (c *Client) Watch(ctx context.Context, prefix string, from uint64) iter.Seq
 }
 
 // LeaseInfo shows a lease. Errors: ErrLeaseGone.
-func (c *Client) LeaseInfo(ctx context.Context, id uint64) (LeaseInfo, error) {
+func (c *Client) LeaseInfo(ctx context.Context, id uint64, opts ...ReadOption) (LeaseInfo, error) {
 	var resp *pb.GetLeaseResponse
 	err := c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) (err error) {
-		resp, err = leasesOf(conn).Get(ctx, &pb.GetLeaseRequest{LeaseId: id})
+		resp, err = leasesOf(conn).Get(ctx, &pb.GetLeaseRequest{LeaseId: id, Consistency: consistency(opts)})
 		return err
 	})
 	return leaseInfo(resp.GetLease()), err
 }
 
 // Leases shows all leases in order of id.
-func (c *Client) Leases(ctx context.Context) iter.Seq2[LeaseInfo, error] {
+func (c *Client) Leases(ctx context.Context, opts ...ReadOption) iter.Seq2[LeaseInfo, error] {
 	return func(yield func(LeaseInfo, error) bool) {
-		req := &pb.ListLeasesRequest{PageSize: 500}
+		req := &pb.ListLeasesRequest{PageSize: 500, Consistency: consistency(opts)}
 		for {
 			var resp *pb.ListLeasesResponse
 			err := c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) (err error) {

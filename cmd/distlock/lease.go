@@ -103,7 +103,7 @@ func leaseKeepaliveCommand() *cobra.Command {
 
 func leaseGetCommand() *cobra.Command {
 	r := &remote{}
-	return r.addOutput(&cobra.Command{
+	return r.addRead(&cobra.Command{
 		Use: "get ID", Short: "Show one lease with what is held under it", Args: exactly("ID"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			id, err := leaseID(args[0])
@@ -115,12 +115,12 @@ func leaseGetCommand() *cobra.Command {
 				return err
 			}
 			defer c.Close()
-			l, err := c.LeaseInfo(cmd.Context(), id)
+			l, err := c.LeaseInfo(cmd.Context(), id, r.read()...)
 			if err != nil {
 				return err
 			}
 			return r.print(cmd.OutOrStdout(), viewLease(l), func(w io.Writer) {
-				fmt.Fprintf(w, "lease %d of %s: %s of %s left\n", l.ID, printable(dash(l.Owner)), short(l.Remaining), l.TTL)
+				fmt.Fprintf(w, "lease %d of %s: %s of %s left\n", l.ID, printable(dash(l.Owner)), r.left(l.Remaining), l.TTL)
 				var rows [][]string
 				for _, h := range l.Holds {
 					for _, name := range h.Names {
@@ -140,7 +140,7 @@ func leaseGetCommand() *cobra.Command {
 
 func leaseLsCommand() *cobra.Command {
 	r := &remote{}
-	return r.addOutput(&cobra.Command{
+	return r.addRead(&cobra.Command{
 		Use: "ls", Short: "List leases", Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := r.dial()
@@ -150,7 +150,7 @@ func leaseLsCommand() *cobra.Command {
 			defer c.Close()
 			views := []leaseView{}
 			var rows [][]string
-			for l, err := range c.Leases(cmd.Context()) {
+			for l, err := range c.Leases(cmd.Context(), r.read()...) {
 				if err != nil {
 					return err
 				}
@@ -160,7 +160,7 @@ func leaseLsCommand() *cobra.Command {
 					names = append(names, h.Names...)
 				}
 				rows = append(rows, []string{
-					strconv.FormatUint(l.ID, 10), short(l.TTL), short(l.Remaining), dash(l.Owner), dash(strings.Join(names, " ")),
+					strconv.FormatUint(l.ID, 10), short(l.TTL), r.left(l.Remaining), dash(l.Owner), dash(strings.Join(names, " ")),
 				})
 			}
 			return r.print(cmd.OutOrStdout(), map[string]any{"leases": views}, func(w io.Writer) {

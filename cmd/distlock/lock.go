@@ -217,7 +217,7 @@ func releaseCommand() *cobra.Command {
 
 func getCommand() *cobra.Command {
 	r := &remote{}
-	return r.addOutput(&cobra.Command{
+	return r.addRead(&cobra.Command{
 		Use: "get NAME", Short: "Show one lock with its holders and waiters", Args: exactly("NAME"),
 		Example: `  distlock lock get orders/42`,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -226,7 +226,7 @@ func getCommand() *cobra.Command {
 				return err
 			}
 			defer c.Close()
-			k, err := c.Get(cmd.Context(), args[0])
+			k, err := c.Get(cmd.Context(), args[0], r.read()...)
 			if err != nil {
 				return err
 			}
@@ -267,7 +267,7 @@ func showLock(w io.Writer, k client.LockInfo) {
 
 func lsCommand() *cobra.Command {
 	r := &remote{}
-	return r.addOutput(&cobra.Command{
+	return r.addRead(&cobra.Command{
 		Use: "ls [PREFIX]", Short: "List locks: who holds what, and how many wait", Args: atMostOne("PREFIX"),
 		Example: `  distlock lock ls
   distlock lock ls orders/ -o json`,
@@ -283,7 +283,7 @@ func lsCommand() *cobra.Command {
 			defer c.Close()
 			views := []lockView{}
 			var rows [][]string
-			for k, err := range c.List(cmd.Context(), prefix) {
+			for k, err := range c.List(cmd.Context(), prefix, r.read()...) {
 				if err != nil {
 					return err
 				}

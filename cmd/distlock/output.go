@@ -16,9 +16,10 @@ import (
 
 // remote are the flags of commands that talk to a server.
 type remote struct {
-	endpoints []string
-	timeout   time.Duration
-	output    string
+	endpoints   []string
+	timeout     time.Duration
+	output      string
+	consistency string
 }
 
 func (r *remote) add(cmd *cobra.Command) *cobra.Command {
@@ -33,10 +34,36 @@ func (r *remote) addOutput(cmd *cobra.Command) *cobra.Command {
 	return r.add(cmd)
 }
 
+// addRead adds the flags of a command that reads.
+func (r *remote) addRead(cmd *cobra.Command) *cobra.Command {
+	cmd.Flags().StringVar(&r.consistency, "consistency", "linearizable", "linearizable, or stale: what the server asked has")
+	return r.addOutput(cmd)
+}
+
+// read is how to read, as the flags say.
+func (r *remote) read() []client.ReadOption {
+	if r.stale() {
+		return []client.ReadOption{client.Stale()}
+	}
+	return nil
+}
+
+func (r *remote) stale() bool { return r.consistency == "stale" }
+
+// left is the time left of a lease, which only the leader knows.
+func (r *remote) left(d time.Duration) string {
+	if r.stale() {
+		return "-"
+	}
+	return short(d)
+}
+
 func (r *remote) dial(opts ...client.Option) (*client.Client, error) {
 	switch {
 	case r.output != "" && r.output != "table" && r.output != "json" && r.output != "yaml":
 		return nil, usage("--output must be table, json or yaml, and is %q", r.output)
+	case r.consistency != "" && r.consistency != "linearizable" && r.consistency != "stale":
+		return nil, usage("--consistency must be linearizable or stale, and is %q", r.consistency)
 	case r.timeout <= 0:
 		return nil, usage("--timeout must be above 0, and is %v", r.timeout)
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -29,7 +30,10 @@ func TestScripts(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			s, err := server.New(server.Config{Listener: listener, InMemory: true, DrainTimeout: time.Second, Version: "test"})
+			s, err := server.New(server.Config{
+				Listener: listener, DrainTimeout: time.Second, Version: "test",
+				InMemory: !strings.HasSuffix(env.WorkDir, "script-cluster"), DataDir: filepath.Join(env.WorkDir, "served"),
+			})
 			if err != nil {
 				return err
 			}

@@ -569,11 +569,12 @@ var masks = []struct {
 	{regexp.MustCompile(`\b(\d+h)?(\d+m)?\d+(\.\d+)?(h|m|s|ms|µs)\b`), "DURATION"},
 	{regexp.MustCompile(`\b(dev\b|v\d+\.\d+\.\d+[-+.\w]*)`), "VERSION"},
 	{regexp.MustCompile(`"clusterId": "[0-9a-f]+"`), `"clusterId": "ID"`},
+	{regexp.MustCompile(`\bcluster [0-9a-f]{16}\b`), "cluster ID"},
 	{regexp.MustCompile(` +`), " "},
 }
 
 // jobs matches the shell's word on its jobs, interactive or not.
-var jobs = regexp.MustCompile(`^(\[1\]|bash: line \d+: +\d+ Killed)`)
+var jobs = regexp.MustCompile(`^(\[\d\]|bash: line \d+: +\d+ Killed)`)
 
 // masked is a line without what may differ.
 func masked(line string) string {
@@ -624,7 +625,12 @@ func shown(lines []string) []string {
 		if jobs.MatchString(line) {
 			continue
 		}
-		line = regexp.MustCompile(`127\.0\.0\.1:\d+`).ReplaceAllString(line, "[::]:50051")
+		line = regexp.MustCompile(`127\.0\.0\.1:\d+`).ReplaceAllStringFunc(line, func(address string) string {
+			if strings.HasPrefix(address, "127.0.0.1:64") && len(address) == len("127.0.0.1:6441") {
+				return address // chosen by the docs
+			}
+			return "[::]:50051"
+		})
 		out = append(out, line)
 	}
 	for len(out) > 0 && strings.TrimSpace(out[len(out)-1]) == "" {

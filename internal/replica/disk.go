@@ -425,8 +425,8 @@ func (l *lastError) put(s string) {
 	}
 }
 
-// quiet gives a library's log to ours, one level down: what it calls a
-// warning or an error is one of its own concerns, and ours are reported by us.
+// quiet gives a library's log to ours, for debugging: what it calls a warning
+// or an error is one of its own concerns, and ours are reported by us.
 func quiet(logger *zap.Logger, last *lastError) hclog.Logger {
 	if last != nil {
 		last.text = make(chan string, 1)
@@ -446,13 +446,9 @@ func (w lines) Write(p []byte) (int, error) {
 	line := strings.TrimSpace(string(p))
 	level, text, _ := strings.Cut(line, "]")
 	text = strings.TrimLeft(text, " :")
-	if strings.Contains(level, "ERROR") {
-		if w.last != nil {
-			w.last.put(text)
-		}
-		w.logger.Warn(text)
-	} else {
-		w.logger.Debug(text)
+	if strings.Contains(level, "ERROR") && w.last != nil {
+		w.last.put(text)
 	}
+	w.logger.Debug(text)
 	return len(p), nil
 }

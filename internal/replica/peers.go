@@ -125,7 +125,7 @@ func (p *peers) raftTransport() raft.Transport {
 		Stream: streams{p}, MaxPool: 3, Timeout: peerTimeout, Logger: quiet(p.r.logger.Named("peer"), nil),
 		MsgpackUseNewTimeFormat: true,
 	})
-	return &transport{p.network, p.r}
+	return &transport{NetworkTransport: p.network, r: p.r, silent: make(map[raft.ServerID]bool)}
 }
 
 // serve begins to take connections; raft must be running.
@@ -493,6 +493,9 @@ func (a address) String() string  { return string(a) }
 type transport struct {
 	*raft.NetworkTransport
 	r *Replica
+
+	mu     sync.Mutex
+	silent map[raft.ServerID]bool // followers that did not answer the last time
 }
 
 var errStalled = errors.New("the disk stalls")
@@ -502,7 +505,26 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 	if t.r.stalled.Load() {
 		return errStalled
 	}
-	return t.NetworkTransport.AppendEntries(id, target, args, resp)
+	err := t.NetworkTransport.AppendEntries(id, target, args, resp)
+	t.heard(id, err)
+	return err
+}
+
+// heard says, once each time, that a follower does not answer, or does again.
+func (t *transport) heard(id raft.ServerID, err error) {
+	if t.r.peers.ctx.Err() != nil {
+		return
+	}
+	t.mu.Lock()
+	was := t.silent[id]
+	t.silent[id] = err != nil
+	t.mu.Unlock()
+	switch {
+	case err != nil && !was:
+		t.r.logger.Warn("a member does not answer", zap.String("node", string(id)), zap.Error(err))
+	case err == nil && was:
+		t.r.logger.Info("a member answers again", zap.String("node", string(id)))
+	}
 }
 
 // AppendEntriesPipeline implements raft.Transport.
