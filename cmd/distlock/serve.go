@@ -56,7 +56,7 @@ func serveCommand(use string) *cobra.Command {
 	flags.StringVar(&f.peerKey, "peer-key", "", "its key `FILE`")
 	flags.StringVar(&f.peerCA, "peer-ca", "", "`FILE` of the members' authority")
 	flags.DurationVar(&f.ElectionTimeout, "election-timeout", 200*time.Millisecond, "silence before another leads")
-	flags.DurationVar(&f.DrainTimeout, "drain-timeout", 5*time.Second, "time to finish calls when stopping")
+	flags.DurationVar(&f.DrainTimeout, "drain-timeout", 5*time.Second, "time for calls when stopping")
 	flags.DurationVar(&f.Bounds.MinTTL, "min-ttl", 100*time.Millisecond, "shortest TTL accepted")
 	flags.DurationVar(&f.Bounds.MaxTTL, "max-ttl", 24*time.Hour, "longest TTL accepted")
 	flags.IntVar(&f.Bounds.MaxLeases, "max-leases", 2_000_000, "live leases at most")
