@@ -162,6 +162,23 @@ func TestArrows(t *testing.T) {
 	}
 }
 
+// TestCoreBringsNoDriver: who gets the core gets no database's client with it.
+// The tests that need them are a module of their own.
+func TestCoreBringsNoDriver(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join(root(t), "go.mod"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, driver := range []string{"jackc/", "lib/pq", "go-sql-driver/", "redis", "sqlite"} {
+		if strings.Contains(string(text), driver) {
+			t.Errorf("go.mod requires %s", driver)
+		}
+	}
+	if _, err := os.Stat(filepath.Join(root(t), "internal", "storetest", "go.mod")); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestBrokenArrowsAreSeen adds a file to the house, for go list's eyes only,
 // and expects the plan to object.
 func TestBrokenArrowsAreSeen(t *testing.T) {
