@@ -337,7 +337,7 @@ func (m *Manager) lead(l Leadership) {
 	m.store.Read(func(s *machine.Machine) {
 		m.counts = s.Counts()
 		m.leases = make(map[ID]*leaseTimer, m.counts.Leases)
-		s.EachLease(func(id ID, ttl machine.Duration, own, waiting bool, request RequestID) bool {
+		s.EachLease(func(id ID, ttl machine.Duration) bool {
 			m.armLease(id, time.Duration(ttl), now)
 			return true
 		})

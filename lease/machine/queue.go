@@ -47,7 +47,7 @@ func (m *Machine) leaveQueues(l *lease, a *acquisition, cause EndCause, by strin
 // endHold ends a granted acquisition. Its locks are delayed if it was lost.
 // The caller settles.
 func (m *Machine) endHold(l *lease, a *acquisition, cause EndCause, by string) {
-	lost := cause != EndReleased
+	delayed := cause != EndReleased && cause != EndUndeclared && a.delay > 0
 	for _, name := range a.names {
 		k := m.editLock(name)
 		k.holders--
@@ -55,13 +55,15 @@ func (m *Machine) endHold(l *lease, a *acquisition, cause EndCause, by string) {
 			k.shared--
 		}
 		m.holders.Delete(place{key: name, n: uint64(a.token)})
-		m.dropIfIdle(k)
+		if !delayed {
+			m.dropIfIdle(k)
+		}
 	}
 	m.acqs.Delete(a)
 	m.tokens.Delete(a)
 	m.dirty = append(m.dirty, a.names...)
 	rev := m.emit(Event{Kind: EventHoldEnded, Lease: l.id, Request: a.request, Owner: l.owner, Token: a.token, Mode: a.mode, Locks: a.granted().Locks, Cause: cause, By: by, Own: l.own})
-	if lost && a.delay > 0 && cause != EndUndeclared {
+	if delayed {
 		for _, name := range a.names {
 			m.startDelay(name, a.delay)
 		}

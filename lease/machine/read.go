@@ -15,12 +15,8 @@ func (m *Machine) LastToken() fence.Token { return fence.Token(m.minted) }
 
 // Counts are the sizes of the tables.
 func (m *Machine) Counts() Counts {
-	waiting := 0
-	if n := m.queues.Len(); n > 0 {
-		waiting = n
-	}
 	return Counts{
-		Leases: m.leases.Len(), Locks: m.locks.Len(), Waiters: waiting,
+		Leases: m.leases.Len(), Locks: m.locks.Len(), Waiters: m.acqs.Len() - m.tokens.Len(),
 		Holds: m.holders.Len(), Remembered: m.memory.order.Len(),
 	}
 }
@@ -66,17 +62,10 @@ func (m *Machine) AscendLeases(after LeaseID, fn func(Lease) bool) {
 	m.leases.Ascend(&lease{id: after + 1}, func(l *lease) bool { return fn(m.show(l)) })
 }
 
-// EachLease calls fn for every live lease. own tells that it was made with an
-// acquisition, which request names; waiting that this has not been granted.
-func (m *Machine) EachLease(fn func(id LeaseID, ttl Duration, own, waiting bool, request RequestID) bool) {
-	m.leases.Scan(func(l *lease) bool {
-		waiting := false
-		if l.own {
-			a := m.acquisition(l.id, l.request)
-			waiting = a != nil && a.token == 0
-		}
-		return fn(l.id, l.ttl, l.own, waiting, l.request)
-	})
+// EachLease calls fn for every live lease, in order of id, until it returns
+// false.
+func (m *Machine) EachLease(fn func(id LeaseID, ttl Duration) bool) {
+	m.leases.Scan(func(l *lease) bool { return fn(l.id, l.ttl) })
 }
 
 // EachWaiter calls fn for every waiting acquisition, until it returns false.

@@ -234,5 +234,5 @@ type Event struct {
 
 // Counts are the sizes of the machine's tables.
 type Counts struct {
-	Leases, Locks, Waiters, Holds, Declared, Remembered int
+	Leases, Locks, Waiters, Holds, Remembered int
 }
