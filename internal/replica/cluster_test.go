@@ -546,7 +546,7 @@ func TestRemovedNodeStops(t *testing.T) {
 		t.Error("a change without a quorum succeeded")
 	}
 	again := c.start(cfg)
-	l = c.leader()
+	c.leader()
 	eventually(t, "n9 is added", func() bool { _, err := c.leader().AddMember("n9", fresh.cfg.PeerAddress, ""); return err == nil })
 	eventually(t, "n9 votes", func() bool { return c.leader().PromoteMember("n9") == nil })
 	l = c.leader()
