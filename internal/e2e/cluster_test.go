@@ -123,16 +123,6 @@ func (m *member) status() (s status, err error) {
 	return s, json.Unmarshal(out, &s)
 }
 
-func (g *group) member(id string) *member {
-	for _, m := range g.members {
-		if m.id == id {
-			return m
-		}
-	}
-	g.t.Fatalf("no member %s", id)
-	return nil
-}
-
 // leader waits until a member other than those excepted leads.
 func (g *group) leader(except ...*member) *member {
 	g.t.Helper()

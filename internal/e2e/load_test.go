@@ -30,7 +30,6 @@ type load struct {
 	highest fence.Token
 	grants  []grantTime
 	lost    int
-	unknown int
 	keepers []*client.Lock
 }
 

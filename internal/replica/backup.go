@@ -161,7 +161,7 @@ type RestoreResult struct {
 // cluster of its own, with one member. Errors: ErrLocked, ErrNotBackup,
 // machine.ErrTokensExhausted, the file system's; nothing is changed then.
 func Restore(cfg RestoreConfig) (res RestoreResult, err error) {
-	info, n, m, err := readBackup(cfg.From)
+	info, _, m, err := readBackup(cfg.From)
 	if err != nil {
 		return res, err
 	}
@@ -172,7 +172,7 @@ func Restore(cfg RestoreConfig) (res RestoreResult, err error) {
 	if res.TokensAbove, err = m.NewHistory(cfg.Above, cfg.Now.UnixNano()); err != nil {
 		return res, err
 	}
-	n = note{ClusterID: res.NewClusterID, Restored: &Restored{
+	n := note{ClusterID: res.NewClusterID, Restored: &Restored{
 		At: cfg.Now.UTC().Truncate(time.Second), ClusterID: info.ClusterID, BackupAt: info.At, TokensAbove: res.TokensAbove,
 	}}
 
