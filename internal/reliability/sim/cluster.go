@@ -523,6 +523,7 @@ type log struct {
 	n          *node
 	leadership chan lease.Leadership
 	applied    uint64
+	told       time.Duration // when the last change reaches the manager: in order
 
 	mu      sync.Mutex
 	term    uint64 // that the node believes to lead; 0 for none
@@ -573,7 +574,7 @@ func (l *log) lose(hint string) {
 	l.mu.Lock()
 	l.term = 0
 	l.mu.Unlock()
-	if l.n.rng.IntN(2) == 0 {
+	if l.told > l.n.w.now || l.n.rng.IntN(2) == 0 {
 		l.fail()
 		l.tell(lease.Leadership{Hint: hint})
 		return
@@ -584,7 +585,8 @@ func (l *log) lose(hint string) {
 
 // tell reports a leadership a little later, as a step of its own.
 func (l *log) tell(state lease.Leadership) {
-	l.n.after(time.Microsecond, l.key(12), func() bool { l.leadership <- state; return true })
+	l.told = max(l.told, l.n.w.now) + time.Duration(1+l.n.rng.IntN(5000))*time.Microsecond
+	l.n.after(l.told-l.n.w.now, l.key(12), func() bool { l.leadership <- state; return true })
 }
 
 func (l *log) key(kind uint64) uint64 {

@@ -1,0 +1,150 @@
+// Command mutants measures the tests: it plants one bug at a time, by an
+// overlay that leaves the working tree alone, and runs the layers against it.
+// Every bug must be caught. It prints the table of docs/reliability.md.
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+)
+
+// layer is what may catch a mutant: a go test that fails.
+type layer struct {
+	name string
+	args []string
+}
+
+var layers = []layer{
+	{"machine", []string{"./lease/machine"}},
+	{"manager", []string{"./lease"}},
+	{"simulation", []string{"./internal/reliability/sim", "-run", "TestSeeds", "-args", "-seeds", "300"}},
+	{"clients", []string{"./internal/reliability/sim", "-run", "TestRealClients"}},
+	{"files", []string{"./internal/replica", "-run", "Prefix|Flip|Damaged|Torn|FailedWrite|Killed|ManySegments"}},
+	{"fence", []string{"./fence", "./fence/fencetest"}},
+}
+
+func main() {
+	gate := flag.Bool("gate", false, "run only the layer that must catch each mutant")
+	match := flag.String("run", "", "only mutants whose name matches")
+	flag.Parse()
+	if err := run(*gate, *match); err != nil {
+		fmt.Fprintln(os.Stderr, "mutants:", err)
+		os.Exit(1)
+	}
+}
+
+func run(gate bool, match string) error {
+	pattern, err := regexp.Compile(match)
+	if err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "mutants")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	var list []mutant
+	for _, m := range mutants {
+		if pattern.MatchString(m.name) {
+			list = append(list, m)
+		}
+	}
+	began := time.Now()
+	survived := 0
+	fmt.Print("| planted bug | in |")
+	for _, l := range layers {
+		fmt.Printf(" %s |", l.name)
+	}
+	fmt.Printf("\n|---|---|%s\n", strings.Repeat("---|", len(layers)))
+	for _, m := range list {
+		overlay, err := plant(dir, m)
+		if err != nil {
+			return err
+		}
+		if out, err := goTool(time.Minute, "build", "-overlay", overlay, "./..."); err != nil {
+			return fmt.Errorf("%s does not build: %w\n%s", m.name, err, out)
+		}
+		caught := map[string]bool{}
+		row := fmt.Sprintf("| %s | `%s` |", m.name, m.file)
+		for _, l := range layers {
+			if gate && l.name != m.by {
+				row += "  |"
+				continue
+			}
+			args := slices.Concat([]string{"test", "-count=1", "-failfast", "-timeout", "2m", "-overlay", overlay}, l.args)
+			if _, err := goTool(3*time.Minute, args...); err != nil {
+				var exit *exec.ExitError
+				if !errors.As(err, &exit) {
+					return err
+				}
+				caught[l.name] = true
+				row += " caught |"
+			} else {
+				row += "  |"
+			}
+		}
+		fmt.Println(row)
+		if !caught[m.by] {
+			survived++
+			fmt.Fprintf(os.Stderr, "mutants: %q is not caught by layer %q\n", m.name, m.by)
+		}
+	}
+	fmt.Printf("\n%d mutants, %d not caught by their layer, in %v\n", len(list), survived, time.Since(began).Round(time.Second))
+	if survived > 0 {
+		return fmt.Errorf("%d mutants live", survived)
+	}
+	return nil
+}
+
+// plant writes the mutated file and the overlay that puts it in place.
+func plant(dir string, m mutant) (string, error) {
+	text, err := mutate(".", m)
+	if err != nil {
+		return "", err
+	}
+	file := filepath.Join(dir, "mutant.go")
+	if err := os.WriteFile(file, text, 0o600); err != nil {
+		return "", err
+	}
+	path, err := filepath.Abs(m.file)
+	if err != nil {
+		return "", err
+	}
+	overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{path: file}})
+	if err != nil {
+		return "", err
+	}
+	name := filepath.Join(dir, "overlay.json")
+	return name, os.WriteFile(name, overlay, 0o600)
+}
+
+// mutate returns the file with the bug in it. The text it replaces must be
+// there exactly once: a mutant that code has outgrown must be planted anew.
+func mutate(root string, m mutant) ([]byte, error) {
+	text, err := os.ReadFile(filepath.Join(root, m.file))
+	if err != nil {
+		return nil, err
+	}
+	if n := bytes.Count(text, []byte(m.old)); n != 1 {
+		return nil, fmt.Errorf("%s: the text to change is %d times in %s", m.name, n, m.file)
+	}
+	return bytes.Replace(text, []byte(m.old), []byte(m.new), 1), nil
+}
+
+func goTool(limit time.Duration, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, "go", args...).CombinedOutput()
+	return string(out), err
+}

@@ -1,0 +1,28 @@
+package main
+
+import (
+	"path/filepath"
+	"slices"
+	"testing"
+)
+
+// TestMutantsCanBePlanted: every planted bug still has its place in the code,
+// and a layer that must catch it.
+func TestMutantsCanBePlanted(t *testing.T) {
+	if len(mutants) < 25 {
+		t.Errorf("%d mutants", len(mutants))
+	}
+	seen := map[string]bool{}
+	for _, m := range mutants {
+		if _, err := mutate(filepath.Join("..", "..", ".."), m); err != nil {
+			t.Error(err)
+		}
+		if seen[m.name] {
+			t.Errorf("%s is there twice", m.name)
+		}
+		seen[m.name] = true
+		if !slices.ContainsFunc(layers, func(l layer) bool { return l.name == m.by }) {
+			t.Errorf("%s: there is no layer %q", m.name, m.by)
+		}
+	}
+}
