@@ -500,3 +500,39 @@ func TestCloseGivesBack(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// TestGivingUpAGrantThatIsNotConfirmed: the wait is over, the renewal that it
+// needs to count does not get through, and the caller no longer wants to know.
+func TestGivingUpAGrantThatIsNotConfirmed(t *testing.T) {
+	s := clienttest.Start(t)
+	c := s.Client(t)
+	first := acquire(t, c, "a", client.TTL(time.Hour))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	got := make(chan error, 1)
+	go func() {
+		_, err := c.Acquire(ctx, "a", client.TTL(10*time.Second))
+		got <- err
+	}()
+	eventually(t, "it waits", func() bool {
+		info, err := c.Get(t.Context(), "a")
+		return err == nil && info.WaiterCount == 1
+	})
+	s.Clock.Advance(5 * time.Second)
+	s.PauseRenewals()
+	if err := first.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it is granted", func() bool {
+		info, err := c.Get(t.Context(), "a")
+		return err == nil && info.WaiterCount == 0
+	})
+	cancel()
+	if err := <-got; !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	eventually(t, "the grant is given back", func() bool {
+		info, err := c.Get(t.Context(), "a")
+		return err == nil && len(info.Holders) == 0
+	})
+}

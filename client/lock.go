@@ -212,6 +212,15 @@ func (c *Client) abandonUnlessAnswered(req *pb.AcquireRequest, err error) {
 	if req.GetRequestId() == 0 || errors.As(err, &answered) && !errors.Is(err, ErrUnavailable) {
 		return
 	}
+	c.inBackground(func() {
+		c.call(c.ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
+			return c.abandonOn(ctx, conn, &pb.AbandonRequest{RequestId: req.GetRequestId(), LeaseId: req.GetLeaseId()})
+		})
+	})
+}
+
+// inBackground runs what nobody waits for but Close, for a while.
+func (c *Client) inBackground(fn func()) {
 	c.mu.Lock()
 	if c.closed {
 		c.mu.Unlock()
@@ -221,9 +230,7 @@ func (c *Client) abandonUnlessAnswered(req *pb.AcquireRequest, err error) {
 	c.mu.Unlock()
 	go func() {
 		defer c.abandons.Done()
-		c.call(c.ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
-			return c.abandonOn(ctx, conn, &pb.AbandonRequest{RequestId: req.GetRequestId(), LeaseId: req.GetLeaseId()})
-		})
+		fn()
 	}()
 }
 
@@ -251,7 +258,8 @@ func (c *Client) granted(ctx context.Context, g *pb.Grant, o *acquireOptions, le
 			return nil, &LostError{Cause: causes[p.GetCause()], By: p.GetBy(), Names: l.names, LeaseID: l.leaseID, Token: l.token}
 		}
 		if ctx.Err() != nil {
-			go l.Release(context.WithoutCancel(ctx))
+			// Nobody will hear of the grant.
+			c.inBackground(func() { c.releaseCall(c.ctx, l.leaseID, l.names[0], l.token) })
 			return nil, context.Cause(ctx)
 		}
 		if c.now()-sent > l.ttl && !errors.Is(err, ErrUnavailable) && !isDeadline(err) {
