@@ -56,6 +56,10 @@ oracle: ## run SEQUENCES random sequences against the machine and its oracle
 sim: ## simulate SEEDS clusters under faults, in virtual time
 	bash -o pipefail -c "$(GO) test ./internal/reliability/sim -v -run TestSeeds -args -seeds $(SEEDS) | grep -v '^ *--- PASS\|^=== '"
 
+.PHONY: mutants
+mutants: ## plant each known bug and see which layers catch it (MUTANTS=-gate: only the one that must)
+	$(GO) run ./internal/reliability/mutants $(MUTANTS)
+
 .PHONY: fuzz
 fuzz: ## fuzz every decoder and validator for FUZZTIME each
 	$(GO) test -run '^$$' -fuzz '^FuzzDecodeBatch$$' -fuzztime $(FUZZTIME) ./lease/machine

@@ -78,7 +78,7 @@ var mutants = []mutant{
 	{"an expiry that was not committed is forgotten", "lease/manager.go",
 		"\t\t\tm.due = append(cmd.Leases, m.due...)\n", "\t\t\t_ = cmd\n", "manager"},
 	{"granted after the wait was given up", "lease/manager.go",
-		"if c := m.parked[m.waiterOf(e)]; c != nil && !c.givingUp {\n\t\t\tm.unpark(c)\n\t\t\tc.answer(machine.Result{Lease: e.Lease", "if c := m.parked[m.waiterOf(e)]; c != nil {\n\t\t\tm.unpark(c)\n\t\t\tc.answer(machine.Result{Lease: e.Lease", "simulation"},
+		"!c.givingUp {\n\t\t\tm.unpark(c)\n\t\t\tc.answer(m, machine.Result{Lease: e.Lease", "true {\n\t\t\tm.unpark(c)\n\t\t\tc.answer(m, machine.Result{Lease: e.Lease", "simulation"},
 	{"a cancelled waiter stays in its queue", "lease/calls.go",
 		"\tif !l.keep {\n", "\tif l.keep {\n", "simulation"},
 	{"a waiter's own lease expires while it waits", "lease/calls.go",
