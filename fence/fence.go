@@ -5,6 +5,10 @@
 // The rule, for every mode of lock: reject a write whose token is below the
 // stored floor; otherwise store max(stored floor, the write's floor),
 // atomically with the write.
+//
+// Memory guards what lives in this process. The packages below guard what lives
+// elsewhere: sqlfence, redisfence, filefence; httpfence and grpcfence carry
+// passes to servers; fencetest holds the tests that every guard has to pass.
 package fence
 
 import "strconv"
