@@ -7,6 +7,8 @@ PROTOC_GRPC   := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 TOOLS         := $(CURDIR)/.tools
 FUZZTIME      ?= 60s
 LEASES        ?= 100000
+KILLS         ?= 50
+LOCKS         ?= 1000000
 SEQUENCES     ?= 100000
 SEEDS         ?= 2000
 
@@ -69,6 +71,14 @@ fuzz: ## fuzz every decoder and validator for FUZZTIME each
 .PHONY: expiry
 expiry: ## let LEASES leases expire and print the lag
 	$(GO) test -run TestExpiryLag -v ./internal/e2e -args -leases $(LEASES)
+
+.PHONY: failover
+failover: ## kill KILLS leaders under load, and stop as many processes for up to 3 TTLs
+	$(GO) test -run 'TestCluster(Kills|Pauses)' -v -timeout 60m ./internal/e2e -args -kills $(KILLS) -pauses $(KILLS)
+
+.PHONY: many
+many: ## hold LOCKS locks through snapshots, a restart and the end of all leases at once
+	$(GO) test -run 'TestManyLocks|TestMassExpiry' -v -timeout 60m ./internal/e2e -args -held $(LOCKS)
 
 .PHONY: bench
 bench: ## run the Go benchmarks

@@ -21,6 +21,7 @@ type serveFlags struct {
 	runAsync    bool
 	showVersion bool
 	noVersion   bool
+	snapshotMiB int64
 	logFormat   string
 	logLevel    string
 	maxWorkers  int
@@ -44,6 +45,7 @@ func serveCommand(use string) *cobra.Command {
 	flags.IntVar(&f.maxWorkers, "max-workers", 5, "requests worked on at once")
 	flags.BoolVar(&f.runAsync, "run-async", false, "no such bound; --max-workers is ignored")
 	flags.StringVar(&f.DataDir, "data-dir", "distlock-data", "log directory")
+	flags.Int64Var(&f.snapshotMiB, "snapshot-mib", 64, "MiB of log between snapshots")
 	flags.BoolVar(&f.InMemory, "in-memory", false, "keep nothing on disk")
 	flags.StringVar(&f.NodeID, "node-id", "", "name of this member (default n1)")
 	flags.StringVar(&f.PeerAddress, "peer-address", "", "other members reach this one at `ADDR`")
@@ -86,9 +88,12 @@ func (f *serveFlags) run(cmd *cobra.Command) error {
 		return usage("--min-ttl must be above 0 and at most --max-ttl, and they are %v and %v", f.Bounds.MinTTL, f.Bounds.MaxTTL)
 	case f.Bounds.MaxLeases < 1 || f.Bounds.MaxLocks < 1 || f.Bounds.MaxWaiters < 1:
 		return usage("--max-leases, --max-locks and --max-waiters must be at least 1")
+	case f.snapshotMiB < 1 || f.snapshotMiB > 1<<20:
+		return usage("--snapshot-mib must be at least 1, and is %d", f.snapshotMiB)
 	case f.DrainTimeout <= 0:
 		return usage("--drain-timeout must be above 0, and is %v", f.DrainTimeout)
 	}
+	f.SnapshotBytes = f.snapshotMiB << 20
 	if !f.runAsync {
 		f.MaxWorkers = f.maxWorkers
 	}

@@ -41,6 +41,7 @@ type disk struct {
 	snapshots *raft.FileSnapshotStore
 	fail      func(error)
 	last      *lastError
+	written   atomic.Int64 // bytes since the last snapshot, about
 	since     atomic.Int64 // when the write under way began, in ns; 0 for none
 }
 
@@ -154,6 +155,7 @@ func (d *disk) StoreLogs(logs []*raft.Log) error {
 	sealed := make([]*raft.Log, len(logs))
 	for i, l := range logs {
 		sealed[i] = seal(l)
+		d.written.Add(int64(len(sealed[i].Data)))
 	}
 	d.since.Store(time.Now().UnixNano())
 	err := d.LogStore.StoreLogs(sealed)

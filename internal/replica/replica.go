@@ -80,8 +80,10 @@ type Config struct {
 	ClientAddress string
 	Version       string
 
-	// SnapshotEntries is how many log entries are applied between snapshots,
-	// and TrailingEntries how many are kept behind one. 0 takes the default.
+	// SnapshotBytes is how much is written to the log between snapshots, and
+	// SnapshotEntries how many entries, whichever comes first. TrailingEntries
+	// is how many are kept behind one. 0 takes the default.
+	SnapshotBytes   int64
 	SnapshotEntries uint64
 	TrailingEntries uint64
 	// SnapshotInterval is how often the number of entries is looked at.
@@ -97,6 +99,8 @@ type Config struct {
 }
 
 const (
+	// DefaultSnapshotBytes bounds what a restart has to read.
+	DefaultSnapshotBytes    = 64 << 20
 	defaultSnapshotEntries  = 32_768
 	defaultTrailingEntries  = 4_096
 	defaultSnapshotInterval = 20 * time.Second
@@ -176,6 +180,7 @@ func Open(cfg Config) (_ *Replica, err error) {
 	if cfg.Logger == nil {
 		cfg.Logger = zap.NewNop()
 	}
+	cfg.SnapshotBytes = orDefault(cfg.SnapshotBytes, DefaultSnapshotBytes)
 	cfg.SnapshotEntries = orDefault(cfg.SnapshotEntries, defaultSnapshotEntries)
 	cfg.TrailingEntries = orDefault(cfg.TrailingEntries, defaultTrailingEntries)
 	cfg.SnapshotInterval = orDefault(cfg.SnapshotInterval, defaultSnapshotInterval)
@@ -227,9 +232,10 @@ func Open(cfg Config) (_ *Replica, err error) {
 	if err := r.startRaft(); err != nil {
 		return nil, err
 	}
-	r.group.Add(2)
+	r.group.Add(3)
 	go r.watch()
 	go r.answer()
+	go r.compact()
 	if r.peers != nil {
 		r.group.Add(2)
 		go r.findLeader()
@@ -477,6 +483,28 @@ func result(future raft.ApplyFuture) (machine.Outcome, error) {
 		return machine.Outcome{}, lease.ErrOutcomeUnknown
 	}
 	return out, nil
+}
+
+// compact takes a snapshot when much has been written since the last. Raft
+// does so by the number of entries, which says little of their size.
+func (r *Replica) compact() {
+	defer r.group.Done()
+	every := time.NewTicker(time.Second)
+	defer every.Stop()
+	for {
+		select {
+		case <-every.C:
+		case <-r.closing:
+			return
+		}
+		if r.disk.written.Load() < r.cfg.SnapshotBytes {
+			continue
+		}
+		r.disk.written.Store(0)
+		if err := r.raft.Snapshot().Error(); err != nil && !errors.Is(err, raft.ErrNothingNewToSnapshot) {
+			r.logger.Debug("no snapshot was taken", zap.Error(err))
+		}
+	}
 }
 
 // Err implements lease.Log.

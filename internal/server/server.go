@@ -32,6 +32,10 @@ type Config struct {
 	DataDir  string // default "distlock-data"
 	InMemory bool   // keep nothing on disk; DataDir is not used
 
+	// SnapshotBytes is how much is written to the log between snapshots;
+	// default 64 MiB.
+	SnapshotBytes int64
+
 	// Of a member of a cluster; a server without PeerAddress is alone.
 	NodeID         string            // default: the data directory's, n1 in a new one
 	PeerAddress    string            // where the other members reach this one
@@ -167,7 +171,7 @@ func (s *Server) open() error {
 		s.log = lease.NewMemoryLog(store)
 	} else {
 		r, err := replica.Open(replica.Config{
-			Dir: s.cfg.DataDir, Store: store, Logger: s.cfg.Logger, Version: s.cfg.Version,
+			Dir: s.cfg.DataDir, Store: store, Logger: s.cfg.Logger, Version: s.cfg.Version, SnapshotBytes: s.cfg.SnapshotBytes,
 			NodeID: s.cfg.NodeID, PeerAddress: s.cfg.PeerAddress, PeerListen: s.cfg.PeerListen,
 			InitialCluster: s.cfg.InitialCluster, Join: s.cfg.Join != "", PeerTLS: s.cfg.PeerTLS,
 			ElectionTimeout: s.cfg.ElectionTimeout, ClientAddress: s.clientAddress(),
