@@ -11,6 +11,8 @@ KILLS         ?= 50
 LOCKS         ?= 1000000
 SEQUENCES     ?= 100000
 SEEDS         ?= 2000
+RECORDS       ?= 1000
+FLIPS         ?= 2000
 
 .PHONY: help
 help: ## list the targets
@@ -57,6 +59,10 @@ oracle: ## run SEQUENCES random sequences against the machine and its oracle
 .PHONY: sim
 sim: ## simulate SEEDS clusters under faults, in virtual time
 	bash -o pipefail -c "$(GO) test ./internal/reliability/sim -v -run TestSeeds -args -seeds $(SEEDS) | grep -v '^ *--- PASS\|^=== '"
+
+.PHONY: files
+files: ## cut a log of RECORDS at every record, and flip FLIPS of its bits
+	$(GO) test ./internal/replica -v -run 'Prefix|NeverServed' -args -records $(RECORDS) -flips $(FLIPS)
 
 .PHONY: mutants
 mutants: ## plant each known bug and see which layers catch it (MUTANTS=-gate: only the one that must)
