@@ -8,8 +8,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -23,8 +25,9 @@ import (
 )
 
 var (
-	kills = flag.Int("kills", 4, "leaders that TestClusterKills kills")
-	pause = flag.Int("pauses", 2, "leaders that TestClusterPauses stops")
+	kills   = flag.Int("kills", 4, "leaders that TestClusterKills kills")
+	measure = flag.Duration("measure", time.Second, "how long TestClusterThroughput measures each")
+	pause   = flag.Int("pauses", 2, "leaders that TestClusterPauses stops")
 )
 
 // member is one process of a cluster.
@@ -103,8 +106,8 @@ func (g *group) endpoints() (list []string) {
 	return list
 }
 
-// status is what a member says of the cluster.
-type status struct {
+// clusterStatus is what a member says of the cluster.
+type clusterStatus struct {
 	ClusterID string
 	Leader    string
 	Term      uint64
@@ -116,7 +119,7 @@ type status struct {
 	}
 }
 
-func (m *member) status() (s status, err error) {
+func (m *member) status() (s clusterStatus, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	out, _ := m.command(ctx, "cluster", "status", "-o", "json", "--timeout", "2s").Output() // exits 1 without a leader
@@ -146,9 +149,9 @@ func (g *group) leader(except ...*member) *member {
 }
 
 // settled waits until a member sees this many voters, all of them up.
-func (g *group) settled(at *member, voters int) status {
+func (g *group) settled(at *member, voters int) clusterStatus {
 	g.t.Helper()
-	var s status
+	var s clusterStatus
 	for until := time.Now().Add(60 * time.Second); time.Now().Before(until); time.Sleep(20 * time.Millisecond) {
 		var err error
 		if s, err = at.status(); err != nil || s.Leader == "" {
@@ -538,5 +541,79 @@ func TestClusterBackup(t *testing.T) {
 	status, err := s.command(context.Background(), "cluster", "status").Output()
 	if err != nil || !strings.Contains(string(status), "restored ") {
 		t.Errorf("%v\n%s", err, status)
+	}
+}
+
+// cpu is how much processor time a process has used.
+func (s *server) cpu() time.Duration {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", s.cmd.Process.Pid))
+	if err != nil {
+		return 0
+	}
+	fields := strings.Fields(string(text[strings.LastIndex(string(text), ")")+1:]))
+	user, _ := strconv.Atoi(fields[11])
+	system, _ := strconv.Atoi(fields[12])
+	return time.Duration(user+system) * 10 * time.Millisecond
+}
+
+// TestClusterThroughput compares three members with a single server, and what
+// the followers pay, in one run.
+func TestClusterThroughput(t *testing.T) {
+	const workers = 64
+	pairs := func(address []string) float64 {
+		var done atomic.Int64
+		ctx, cancel := context.WithTimeout(context.Background(), *measure)
+		defer cancel()
+		var group sync.WaitGroup
+		for n := range 4 {
+			c, err := client.New(address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			for w := range workers / 4 {
+				group.Add(1)
+				go func() {
+					defer group.Done()
+					for ctx.Err() == nil {
+						lock, err := c.Acquire(ctx, fmt.Sprintf("w/%d/%d", n, w), client.TTL(time.Minute))
+						if err != nil {
+							continue
+						}
+						if lock.Release(context.WithoutCancel(ctx)) == nil {
+							done.Add(1)
+						}
+					}
+				}()
+			}
+		}
+		group.Wait()
+		return float64(done.Load()) / measure.Seconds()
+	}
+	one := startServer(t, "--data-dir", t.TempDir(), "--run-async")
+	g := startGroup(t, 3, "--run-async")
+	g.settled(g.members[0], 3)
+	leader := g.leader()
+	for range 2 {
+		before := one.cpu()
+		single := pairs([]string{one.address})
+		cpuOne := (one.cpu() - before).Seconds() / (single * measure.Seconds()) * 1e6
+		spent := make(map[*member]time.Duration)
+		for _, m := range g.members {
+			spent[m] = m.cpu()
+		}
+		three := pairs(g.endpoints())
+		line := ""
+		for _, m := range g.members {
+			role := "follower"
+			if m == leader {
+				role = "leader"
+			}
+			line += fmt.Sprintf(", %s %.0f µs", role, (m.cpu()-spent[m]).Seconds()/(three*measure.Seconds())*1e6)
+		}
+		t.Logf("%d workers: one server %.0f pairs/s, three %.0f, %.2fx; CPU a pair: one server %.0f µs; of three%s", workers, single, three, three/single, cpuOne, line)
+		if single == 0 || three == 0 {
+			t.Error("nothing was granted")
+		}
 	}
 }
