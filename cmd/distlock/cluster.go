@@ -8,7 +8,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -38,13 +37,13 @@ func viewMembers(s client.Status) (views []map[string]any, rows [][]string) {
 		if !m.Healthy {
 			healthy = "no"
 		}
-		rows = append(rows, []string{m.ID, role, healthy, dash(m.ClientAddress), dash(m.PeerAddress), strconv.FormatUint(m.AppliedIndex, 10)})
+		rows = append(rows, []string{m.ID, role, healthy, dash(m.ClientAddress), dash(m.PeerAddress)})
 	}
 	return views, rows
 }
 
 func memberTable(w io.Writer, rows [][]string) {
-	columns(w, []int{12, 0, 0, 21, 21, 0}, []string{"NODE", "ROLE", "UP", "CLIENTS", "PEERS", "APPLIED"}, rows)
+	columns(w, []int{12, 0, 0, 22, 22}, []string{"NODE", "ROLE", "UP", "CLIENTS", "PEERS"}, rows)
 }
 
 func clusterStatusCommand() *cobra.Command {

@@ -370,6 +370,7 @@ func (r *Replica) startRaft() error {
 	config.LeaderLeaseTimeout, config.CommitTimeout = timeout, min(timeout, 20*time.Millisecond)
 	config.SnapshotInterval, config.SnapshotThreshold = cfg.SnapshotInterval, cfg.SnapshotEntries
 	config.TrailingLogs = cfg.TrailingEntries
+	config.MaxAppendEntries = 16 // an entry is a batch, of up to some MiB
 	config.BatchApplyCh = true
 	config.ShutdownOnRemove = false // it is ours to say so
 	config.Logger = quiet(cfg.Logger.Named("raft"), nil)
