@@ -11,6 +11,7 @@ KILLS         ?= 50
 LOCKS         ?= 1000000
 SEQUENCES     ?= 100000
 SEEDS         ?= 2000
+KILLS         ?= 200
 RECORDS       ?= 1000
 FLIPS         ?= 2000
 
@@ -63,6 +64,10 @@ sim: ## simulate SEEDS clusters under faults, in virtual time
 .PHONY: files
 files: ## cut a log of RECORDS at every record, and flip FLIPS of its bits
 	$(GO) test ./internal/replica -v -run 'Prefix|NeverServed' -args -records $(RECORDS) -flips $(FLIPS)
+
+.PHONY: crashes
+crashes: ## kill the server KILLS times, at random and at its nth write or sync (needs strace)
+	$(GO) test ./internal/e2e -v -timeout 30m -run '^TestCrashes' -args -crashes $(KILLS) -first-crashes 4
 
 .PHONY: mutants
 mutants: ## plant each known bug and see which layers catch it (MUTANTS=-gate: only the one that must)

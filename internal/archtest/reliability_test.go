@@ -10,6 +10,7 @@ func init() {
 		"internal/reliability/sim":     {"internal/reliability/check", "lease", "lease/machine", "fence"},
 		"internal/reliability/mutants": {},
 	})
+	inTests["internal/e2e"] = append(inTests["internal/e2e"], "internal/reliability/check")
 	maps.Copy(inTests, map[string][]string{
 		"internal/reliability/sim": {"client", "internal/server"},
 	})

@@ -52,6 +52,7 @@ type server struct {
 	t       testing.TB
 	address string
 	args    []string
+	wrap    []string // a command to run the server under; it leads a process group
 
 	cmd    *exec.Cmd
 	exited chan struct{} // closed once cmd has been waited for
@@ -93,6 +94,10 @@ func (s *server) spawn() {
 	host, port, _ := net.SplitHostPort(s.address)
 	args := append([]string{"--address", host, "--port", port}, s.args...)
 	cmd := exec.Command(binary, args...)
+	if s.wrap != nil {
+		cmd = exec.Command(s.wrap[0], append(append(s.wrap[1:len(s.wrap):len(s.wrap)], binary), args...)...)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	}
 	pipe, err := cmd.StderrPipe()
 	if err != nil {
 		s.t.Fatal(err)

@@ -82,8 +82,13 @@ func run(gate bool, match string) error {
 			args := slices.Concat([]string{"test", "-count=1", "-failfast", "-timeout", "2m", "-overlay", overlay}, l.args)
 			if out, err := goTool(3*time.Minute, args...); err != nil {
 				var exit *exec.ExitError
-				if !errors.As(err, &exit) || strings.Contains(out, "[build failed]") || strings.Contains(out, "[setup failed]") {
-					return fmt.Errorf("%s: %w\n%s", m.name, err, out)
+				if !errors.As(err, &exit) {
+					return err
+				}
+				if strings.Contains(out, "[build failed]") || strings.Contains(out, "[setup failed]") {
+					row += " does not build |"
+					fmt.Fprintf(os.Stderr, "mutants: %s does not build:\n%s", m.name, out)
+					continue
 				}
 				caught[l.name] = true
 				row += " caught |"

@@ -52,7 +52,7 @@ var mutants = []mutant{
 
 	// The manager.
 	{"release acknowledged before its commit", "lease/manager.go",
-		"\tm.busy = true\n\tterm := m.term", "\tfor _, c := range calls {\n\t\tif _, ok := c.cmd.(*machine.Release); ok {\n\t\t\tc.answer(machine.Result{}, nil)\n\t\t}\n\t}\n\tm.busy = true\n\tterm := m.term", "simulation"},
+		"\tm.busy = true\n\tterm := m.term", "\tfor _, c := range calls {\n\t\tif _, ok := c.cmd.(*machine.Release); ok {\n\t\t\tc.answer(m, machine.Result{}, nil)\n\t\t}\n\t}\n\tm.busy = true\n\tterm := m.term", "simulation"},
 	{"renewal without confirmation", "lease/manager.go",
 		"\tm.unasked = append(m.unasked, c)\n", "\tc.answer(m, nil)\n", "simulation"},
 	{"a round vouches for those who came after it began", "lease/manager.go",

@@ -434,6 +434,11 @@ func (c *client) acquire(w *want) (g lease.Grant, sent time.Duration, ok bool) {
 		case err == errKilled:
 			return g, 0, false
 		case !open(err):
+			var held *lease.HeldError
+			var timeout *lease.WaitTimeoutError
+			if w.wait == lease.WaitForever && (errors.As(err, &held) || errors.As(err, &timeout)) {
+				c.w.cluster.broken("I6", "request %d would wait for ever, and was told: %v", w.request, err)
+			}
 			c.record(check.Event{Kind: check.Refused, Request: w.request, Cause: err.Error()})
 			return g, 0, false
 		}

@@ -35,8 +35,8 @@ type cluster struct {
 	seen    uint64 // entries whose events are in the history
 	healing bool
 
-	guard     fence.Memory // at what the locks guard
-	leftovers []check.Violation
+	guard     fence.Memory      // at what the locks guard
+	leftovers []check.Violation // what no event shows; under the world's mutex
 }
 
 type entry struct {
@@ -498,12 +498,19 @@ func (c *cluster) heal() {
 	}
 }
 
+// broken adds a promise broken that no event shows.
+func (c *cluster) broken(invariant, format string, args ...any) {
+	c.w.mu.Lock()
+	defer c.w.mu.Unlock()
+	c.leftovers = append(c.leftovers, check.Violation{Invariant: invariant, At: c.w.now, Msg: fmt.Sprintf(format, args...)})
+}
+
 // stop ends the run: nothing may be left in the store by now.
 func (c *cluster) stop() {
 	for _, n := range c.nodes {
 		if n == c.leader {
 			if s := n.manager.Status(); s.Leases+s.Locks+s.Waiters+s.Holds > 0 {
-				c.leftovers = append(c.leftovers, check.Violation{Invariant: "I5", At: c.w.now, Msg: fmt.Sprintf("left behind at the end: %+v", s.Counts)})
+				c.broken("I5", "left behind at the end: %+v", s.Counts)
 			}
 			c.leader.catchUp(uint64(len(c.entries)))
 		}
@@ -514,7 +521,7 @@ func (c *cluster) stop() {
 		}
 	}
 	if c.leader == nil {
-		c.leftovers = append(c.leftovers, check.Violation{Invariant: "I8", At: c.w.now, Msg: "nobody leads at the end"})
+		c.broken("I8", "nobody leads at the end")
 	}
 }
 
