@@ -49,14 +49,17 @@ func TestStoreCrashes(t *testing.T) {
 			defer cancel()
 			var (
 				acked [writers]fence.Token
+				ended [writers]error
 				wg    sync.WaitGroup
 				begun = make(chan struct{}, enough)
 			)
-			resource := func(i int) string { return fmt.Sprintf("crash/%d", i) }
+			run := tables.Add(1)
+			resource := func(i int) string { return fmt.Sprintf("crash-%d/%d", run, i) }
 			for i := range writers {
 				wg.Go(func() {
 					for token := fence.Token(1); ; token++ {
 						if err := s.Write(ctx, resource(i), pass(token), token.String()); err != nil {
+							ended[i] = err
 							return
 						}
 						acked[i] = token
@@ -78,6 +81,11 @@ func TestStoreCrashes(t *testing.T) {
 				t.Fatal(err)
 			}
 			wg.Wait()
+			for i, err := range ended {
+				if errors.As(err, new(*fence.StaleError)) {
+					t.Errorf("writer %d ended before the crash: %v", i, err)
+				}
+			}
 			if err := srv.Restart(); err != nil {
 				t.Fatal(err)
 			}

@@ -41,8 +41,8 @@ var programs = []struct {
 	after func(t *testing.T, store string) (string, error)
 	want  string
 }{
-	{"postgresql", func(t *testing.T) string { return postgresServer.get(t).DSN }, balance("pgx"), "150"},
-	{"mysql", func(t *testing.T) string { return mariadbServer.get(t).DSN }, balance("mysql"), "150"},
+	{"postgresql", func(t *testing.T) string { return fresh(t, "pgx", postgresServer.get(t).DSN) }, balance("pgx"), "150"},
+	{"mysql", func(t *testing.T) string { return fresh(t, "mysql", mariadbServer.get(t).DSN) }, balance("mysql"), "150"},
 	{"sqlite", func(t *testing.T) string { return filepath.Join(t.TempDir(), "bank") }, balance("sqlite"), "150"},
 	{"redis", func(t *testing.T) string { openRedis(t, redisServer); return redisServer.get(t).DSN }, func(t *testing.T, store string) (string, error) {
 		c := redis.NewClient(&redis.Options{Addr: store})
@@ -55,6 +55,16 @@ var programs = []struct {
 	}, "bob's\n"},
 	{"http", nil, nil, ""},
 	{"grpc", nil, nil, ""},
+}
+
+// fresh is a database without what an earlier run has left.
+func fresh(t *testing.T, driver, dsn string) string {
+	for _, table := range []string{"accounts", "distlock_fence"} {
+		if _, err := openDSN(t, driver, dsn).ExecContext(t.Context(), "DROP TABLE IF EXISTS "+table); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dsn
 }
 
 func balance(driver string) func(t *testing.T, store string) (string, error) {

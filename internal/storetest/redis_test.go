@@ -1,6 +1,7 @@
 package storetest
 
 import (
+	"errors"
 	"reflect"
 	"strings"
 	"testing"
@@ -71,7 +72,7 @@ func TestRedisCluster(t *testing.T) {
 	address := clusterServer.get(t).DSN
 	admin := redis.NewClient(&redis.Options{Addr: address})
 	defer admin.Close()
-	if err := admin.Do(ctx, "CLUSTER", "ADDSLOTSRANGE", 0, 16383).Err(); err != nil {
+	if err := errors.Join(admin.FlushAll(ctx).Err(), admin.ClusterResetHard(ctx).Err(), admin.Do(ctx, "CLUSTER", "ADDSLOTSRANGE", 0, 16383).Err()); err != nil {
 		t.Fatal(err)
 	}
 	for { // it takes it a moment to notice
