@@ -139,6 +139,10 @@ func finishRotation(cfg Config) (err error) {
 	if err != nil || !sealed {
 		return err
 	}
+	entries := file.LastIndex() + 1 - tail.BaseIndex
+	if whole, err := indexIsWhole(filepath.Join(cfg.Dir, segment.FileName(*tail)), int64(index), int64(entries)); err != nil || !whole {
+		return err
+	}
 	tail.SealTime, tail.MaxIndex, tail.IndexStart = tail.CreateTime, file.LastIndex(), index
 	state.Segments = append(state.Segments, types.SegmentInfo{
 		ID: state.NextSegmentID, BaseIndex: tail.MaxIndex + 1, MinIndex: tail.MaxIndex + 1,
@@ -146,6 +150,34 @@ func finishRotation(cfg Config) (err error) {
 	})
 	state.NextSegmentID++
 	return meta.CommitState(state)
+}
+
+// indexIsWhole tells whether the index that raft-wal has found in the last
+// segment, with its first entry at an offset, is of as many entries as were
+// committed. If not, the write that was to seal the segment was cut short, as
+// by a full disk, and raft-wal 0.4.2 goes by the index's header alone: that is
+// taken back.
+func indexIsWhole(file string, offset, entries int64) (whole bool, err error) {
+	const header, each, commit = 8, 4, 3
+	f, err := os.OpenFile(file, os.O_RDWR, 0)
+	if err != nil {
+		return false, err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	var length [4]byte
+	if _, err := f.ReadAt(length[:], offset-header+4); err != nil {
+		return false, err
+	}
+	if int64(binary.LittleEndian.Uint32(length[:])) == entries*each {
+		var next [1]byte // frames begin at multiples of eight
+		if _, err := f.ReadAt(next[:], offset+(entries*each+7)/8*8); err == nil && next[0] == commit {
+			return true, nil
+		}
+	}
+	if _, err := f.WriteAt(make([]byte, header), offset-header); err != nil {
+		return false, err
+	}
+	return false, f.Sync()
 }
 
 func (d *disk) close() error { return d.wal.Close() }

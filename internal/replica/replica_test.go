@@ -1,6 +1,7 @@
 package replica
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -15,6 +16,7 @@ import (
 	"github.com/hashicorp/raft-wal/fs"
 	"github.com/hashicorp/raft-wal/metadb"
 	"github.com/hashicorp/raft-wal/segment"
+	"github.com/hashicorp/raft-wal/types"
 	"go.uber.org/goleak"
 
 	"github.com/distlock/distlock/lease"
@@ -336,6 +338,72 @@ func TestKilledBetweenSealAndRotation(t *testing.T) {
 		acquire(t, r, n)
 		if err := r.Close(); err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// TestTornSeal: the write that was to seal a segment is cut short, as by a full
+// disk. raft-wal alone takes the piece of the index that is there for a whole
+// one.
+func TestTornSeal(t *testing.T) {
+	t.Run("with an entry", func(t *testing.T) { testTornSeal(t, false) })
+	t.Run("alone", func(t *testing.T) { testTornSeal(t, true) })
+}
+
+func testTornSeal(t *testing.T, forced bool) {
+	const n = 20
+	dir := t.TempDir()
+	file := history(t, dir, n)
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	from := used(text)
+	meta := &metadb.BoltMetaDB{}
+	state, err := meta.Load(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	info := state.Segments[len(state.Segments)-1]
+	info.SizeLimit = 1 // so that the next write seals
+	tail, err := segment.NewFiler(dir, fs.New()).RecoverTail(info)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if forced {
+		_, err = tail.ForceSeal()
+	} else {
+		err = tail.Append([]types.LogEntry{{Index: tail.LastIndex() + 1, Data: bytes.Repeat([]byte("x"), 100)}})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(tail.Close(), meta.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if text, err = os.ReadFile(file); err != nil {
+		t.Fatal(err)
+	}
+	if used(text)-from < 80 {
+		t.Fatalf("%d bytes were written: nothing was sealed", used(text)-from)
+	}
+	for cut := from; cut < used(text); cut += 7 {
+		torn := copyDir(t, dir)
+		damaged := bytes.Clone(text)
+		clear(damaged[cut:])
+		if err := os.WriteFile(filepath.Join(torn, filepath.Base(file)), damaged, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for want := n; want < n+2; want++ {
+			store := lease.NewStore(0)
+			r := open(t, Config{Dir: torn, Store: store})
+			if got := locks(t, store); got != want {
+				t.Fatalf("cut at %d of %d: %d locks, want %d", cut-from, used(text)-from, got, want)
+			}
+			acquire(t, r, want)
+			if err := r.Close(); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 }
