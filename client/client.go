@@ -53,6 +53,7 @@ type Client struct {
 	dial    []grpc.DialOption
 	tls     *tls.Config
 	callFor time.Duration
+	unary   bool
 
 	endpoints []string
 	ctx       context.Context // ends with Close
@@ -105,6 +106,11 @@ func WithOnWarning(fn func(Warning)) Option { return func(c *Client) { c.warn = 
 // WithCallTimeout bounds calls that do not wait for a lock, retries included,
 // when their context has no deadline. The default is 10 s.
 func WithCallTimeout(d time.Duration) Option { return func(c *Client) { c.callFor = d } }
+
+// WithUnary makes each operation a call of its own instead of one of many on a
+// stream: for proxies that end long streams. It is slower, and losses are told
+// by the next renewal only.
+func WithUnary() Option { return func(c *Client) { c.unary = true } }
 
 // Warning says that a lease has not been renewed for half its TTL.
 type Warning struct {

@@ -284,7 +284,7 @@ func (c *Client) acquireOn(ctx context.Context, conn *grpc.ClientConn, req *pb.A
 	if !validText(req) {
 		return nil, errNotText
 	}
-	if sizeOfAcquire(req) > maxOnStream {
+	if c.unary || sizeOfAcquire(req) > maxOnStream {
 		return locksOf(conn).Acquire(ctx, req)
 	}
 	a, err := c.do(ctx, conn, &pb.Operation{Call: &pb.Operation_Acquire{Acquire: req}})
@@ -295,16 +295,27 @@ func (c *Client) releaseOn(ctx context.Context, conn *grpc.ClientConn, req *pb.R
 	if !utf8.ValidString(req.GetName()) {
 		return errNotText
 	}
+	if c.unary {
+		_, err := locksOf(conn).Release(ctx, req)
+		return err
+	}
 	_, err := c.do(ctx, conn, &pb.Operation{Call: &pb.Operation_Release{Release: req}})
 	return err
 }
 
 func (c *Client) abandonOn(ctx context.Context, conn *grpc.ClientConn, req *pb.AbandonRequest) error {
+	if c.unary {
+		_, err := locksOf(conn).Abandon(ctx, req)
+		return err
+	}
 	_, err := c.do(ctx, conn, &pb.Operation{Call: &pb.Operation_Abandon{Abandon: req}})
 	return err
 }
 
 func (c *Client) keepAliveOn(ctx context.Context, conn *grpc.ClientConn, req *pb.KeepAliveRequest) (*pb.KeepAliveResponse, error) {
+	if c.unary {
+		return leasesOf(conn).KeepAlive(ctx, req)
+	}
 	a, err := c.do(ctx, conn, &pb.Operation{Call: &pb.Operation_KeepAlive{KeepAlive: req}})
 	return a.GetKeepAlive(), err
 }

@@ -156,6 +156,9 @@ func (c *call) committed(m *Manager, r machine.Result, serving bool) {
 		if c.madeLease() {
 			m.renewMade(r.Lease)
 		}
+		if r.Grant != nil {
+			m.observer.Granted(0)
+		}
 		c.answer(m, r, nil)
 		return
 	}

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jonboulle/clockwork"
@@ -26,18 +27,22 @@ type Config struct {
 	Store  *Store // the one the Log applies to
 	Bounds Bounds
 	Logger *zap.Logger
+	// Observer is told what happens; nil for nobody.
+	Observer Observer
 }
 
 // Manager serves leases and locks on the node that leads. All methods may be
 // called from any goroutine; Run is called once.
 type Manager struct {
-	clock  clockwork.Clock
-	log    Log
-	store  *Store
-	bounds Bounds
-	logger *zap.Logger
-	start  time.Time // times in the manager are spans since it
-	ready  chan struct{}
+	clock    clockwork.Clock
+	log      Log
+	store    *Store
+	bounds   Bounds
+	logger   *zap.Logger
+	observer Observer
+	waiting  atomic.Int64 // len(pending), for Pending
+	start    time.Time    // times in the manager are spans since it
+	ready    chan struct{}
 
 	// The inbox is how other goroutines reach the loop.
 	mu     sync.Mutex
@@ -71,6 +76,7 @@ type loop struct {
 	pending  []*call // commands for the next batch
 	busy     bool    // a batch is in the log, of the commands of inFlight
 	inFlight []*call
+	proposed time.Duration     // when inFlight was
 	commands []machine.Command // of inFlight; the array is used again
 	parked   map[waiter]*call
 
@@ -135,8 +141,11 @@ func New(cfg Config) (*Manager, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = zap.NewNop()
 	}
+	if cfg.Observer == nil {
+		cfg.Observer = unobserved{}
+	}
 	m := &Manager{
-		clock: cfg.Clock, log: cfg.Log, store: cfg.Store, logger: cfg.Logger,
+		clock: cfg.Clock, log: cfg.Log, store: cfg.Store, logger: cfg.Logger, observer: cfg.Observer,
 		bounds: cfg.Bounds.withDefaults(),
 		start:  cfg.Clock.Now(),
 		ready:  make(chan struct{}),
@@ -463,6 +472,7 @@ func (m *Manager) propose() {
 		return
 	}
 	m.busy = true
+	m.proposed = m.now()
 	term := m.term
 	batch := machine.Batch{Stamp: m.clock.Now().UnixNano(), Commands: commands}
 	m.log.Propose(batch, func(out machine.Outcome, err error) {
@@ -539,6 +549,7 @@ func (c *committed) take(m *Manager) {
 	}
 	serving := m.leading && c.term == m.term
 	now := m.now()
+	m.observer.Committed(len(calls), now-m.proposed)
 	// Results come before events: an acquisition must be parked before the
 	// event that grants it, and a lease that is there already was made by an
 	// earlier attempt.
@@ -600,6 +611,9 @@ func (m *Manager) observe(e *Event, now time.Duration) {
 	case machine.EventLeaseEnded:
 		m.follow(e)
 		if t := m.leases[e.Lease]; t != nil {
+			if e.Cause == machine.EndExpired {
+				m.observer.Expired(max(now-t.deadline, 0))
+			}
 			m.wheel.disarm(&t.timer)
 			delete(m.leases, e.Lease)
 		}
@@ -614,6 +628,7 @@ func (m *Manager) observe(e *Event, now time.Duration) {
 		}
 		if c := m.parked[m.waiterOf(e)]; c != nil && !c.givingUp {
 			m.unpark(c)
+			m.observer.Granted(max(now-c.since, 1))
 			c.answer(m, machine.Result{Lease: e.Lease, Grant: grantOf(e)}, nil)
 		}
 	case machine.EventHoldEnded:
@@ -814,6 +829,7 @@ func (m *Manager) publish() {
 	m.mu.Lock()
 	m.shared.Leader, m.shared.Term, m.shared.Hint = m.leading, m.term, m.hint
 	m.mu.Unlock()
+	m.waiting.Store(int64(len(m.pending)))
 }
 
 // Status may be asked of any node, and is not linearizable.

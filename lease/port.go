@@ -81,7 +81,7 @@ type Loss struct {
 
 // maxLosses bounds what is kept for a writer that does not take it. What is
 // left out the next renewal tells.
-const maxLosses = 1 << 12
+const maxLosses = 1 << 15
 
 // NewPort returns a port that has operations of at most about bound under way
 // (an Acquire counts each name, a KeepAlive every 64 leases), parked ones

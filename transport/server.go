@@ -100,6 +100,9 @@ type Config struct {
 	// MaxMessageBytes bounds one request; 0 is 1 MiB. A longer one is refused
 	// with INVALID_ARGUMENT, one of more than four times that by gRPC itself.
 	MaxMessageBytes int
+	// Refused is told the reason of each request answered with an error; nil
+	// for nobody. It must not block.
+	Refused func(reason string)
 	// MaxStreams bounds the calls under way on one connection; 0 is 10,000.
 	MaxStreams uint32
 }
@@ -116,6 +119,9 @@ type Server struct {
 func NewServer(cfg Config) *Server {
 	if cfg.Logger == nil {
 		cfg.Logger = zap.NewNop()
+	}
+	if cfg.Refused == nil {
+		cfg.Refused = func(string) {}
 	}
 	if cfg.MaxMessageBytes == 0 {
 		cfg.MaxMessageBytes = 1 << 20
@@ -138,14 +144,14 @@ func NewServer(cfg Config) *Server {
 			grpc.ConnectionTimeout(20*time.Second),
 			grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 			grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
-			grpc.ChainUnaryInterceptor(unary(cfg.Logger, work), forward.unary),
+			grpc.ChainUnaryInterceptor(unary(cfg.Logger, work, cfg.Refused), forward.unary),
 			grpc.ChainStreamInterceptor(streaming(cfg.Logger, stopping)),
 		),
 		health: health.NewServer(),
 	}
 	s.grpc.RegisterService(decoding(&pb.LockService_ServiceDesc), &lockService{m: cfg.Manager, work: work})
 	s.grpc.RegisterService(decoding(&pb.LeaseService_ServiceDesc), &leaseService{m: cfg.Manager, work: work})
-	s.grpc.RegisterService(&pb.StreamService_ServiceDesc, &streamService{m: cfg.Manager, work: work, logger: cfg.Logger})
+	s.grpc.RegisterService(&pb.StreamService_ServiceDesc, &streamService{m: cfg.Manager, work: work, logger: cfg.Logger, refused: cfg.Refused})
 	s.grpc.RegisterService(decoding(&pb.ClusterService_ServiceDesc), &clusterService{m: cfg.Manager, node: cfg.Node, cluster: cfg.Cluster, work: work})
 	s.grpc.RegisterService(decoding(&original.Distlock_ServiceDesc), &originalService{m: cfg.Manager, work: work})
 	healthpb.RegisterHealthServer(s.grpc, s.health)
@@ -197,7 +203,7 @@ func (s *Server) Stop(ctx context.Context) {
 
 // unary maps errors, keeps a panic in one call from ending the server, and
 // holds the bound of workers.
-func unary(logger *zap.Logger, work workers) grpc.UnaryServerInterceptor {
+func unary(logger *zap.Logger, work workers, refused func(string)) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
 		defer rescue(logger, info.FullMethod, &err)
 		if info.FullMethod == healthpb.Health_Check_FullMethodName {
@@ -209,7 +215,9 @@ func unary(logger *zap.Logger, work workers) grpc.UnaryServerInterceptor {
 		defer work.leave()
 		resp, err = handler(ctx, req)
 		if err != nil {
-			return nil, asStatus(err)
+			err = asStatus(err)
+			refused(reasonOf(err))
+			return nil, err
 		}
 		return resp, nil
 	}

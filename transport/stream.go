@@ -29,9 +29,10 @@ const (
 
 type streamService struct {
 	pb.UnimplementedStreamServiceServer
-	m      Manager
-	work   workers
-	logger *zap.Logger
+	m       Manager
+	work    workers
+	logger  *zap.Logger
+	refused func(reason string)
 }
 
 type multiplexStream = grpc.BidiStreamingServer[pb.MultiplexRequest, pb.MultiplexResponse]
@@ -45,7 +46,7 @@ func (s *streamService) Multiplex(stream multiplexStream) error {
 	defer func() { port.Close(detached(connection)) }()
 	read := make(chan error, 1)
 	go func() { read <- s.read(stream, port) }()
-	w := writer{stream: stream, port: port}
+	w := writer{stream: stream, port: port, refused: s.refused}
 	ending, stopping := false, stream.Context().Done()
 	var end error
 	for {
@@ -165,6 +166,7 @@ func operations(msg *pb.MultiplexRequest, b *lease.Batch) error {
 type writer struct {
 	stream  multiplexStream
 	port    *lease.Port
+	refused func(reason string)
 	replies []lease.Reply
 	losses  []lease.Loss
 }
@@ -176,6 +178,9 @@ func (w *writer) flush() error {
 	out, bytes, sent := &pb.MultiplexResponse{}, 0, 0
 	for i := range w.replies {
 		answer := answer(&w.replies[i])
+		if f := answer.GetFailure(); f != nil {
+			w.refused(f.GetReason())
+		}
 		out.Answers = append(out.Answers, answer)
 		if bytes += weigh(answer); bytes > softLimit {
 			if err := w.send(out, w.replies[sent:i+1]); err != nil {

@@ -1,189 +1,115 @@
 package main
 
 import (
-	"context"
 	"fmt"
 	"io"
 	"slices"
-	"sync"
-	"sync/atomic"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/grpc/health"
-	healthpb "google.golang.org/grpc/health/grpc_health_v1"
-	"net"
 
-	"github.com/distlock/distlock/client"
+	"github.com/distlock/distlock/internal/bench"
 )
 
-type benchFlags struct {
-	workers     int
-	connections int
-	duration    time.Duration
-	kind        string
-}
-
-type benchResult struct {
-	Kind       string  `json:"kind"`
-	Workers    int     `json:"workers"`
-	Operations int64   `json:"operations"`
-	PerSecond  float64 `json:"perSecond"`
-	P50        string  `json:"p50"`
-	P99        string  `json:"p99"`
-	Max        string  `json:"max"`
-	// OfEcho is PerSecond as a ratio to that of a bare gRPC echo in this
-	// process, measured in the same run.
-	OfEcho float64 `json:"ofEcho,omitempty"`
-}
-
 func benchCommand() *cobra.Command {
-	r, f := &remote{}, &benchFlags{}
+	r, f := &remote{}, &bench.Config{}
+	stream, noEcho := true, false
 	cmd := &cobra.Command{
-		Use: "bench", Short: "Measure a server under load", Args: noArgs,
-		Long: `Measure a server under load, beside a bare gRPC echo in this process.
-
-  uncontended  each worker acquires and releases a lock of its own
-  contended    all workers acquire and release one lock`,
-		Example: `  distlock bench --workers 64 --duration 10s`,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if f.workers < 1 || f.connections < 1 || f.duration <= 0 {
-				return usage("--workers and --connections must be at least 1, --duration above 0")
+		Use: "bench [MODE]", Short: "Measure a server under load",
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 1 {
+				return usage("bench takes one mode, and was given %d", len(args))
 			}
-			if f.kind != "uncontended" && f.kind != "contended" {
-				return usage("--kind must be uncontended or contended, and is %q", f.kind)
+			return nil
+		},
+		Example: `  distlock bench --workers 64 --duration 10s
+  distlock bench uncontended --pipeline 4096 --metrics http://localhost:9090/metrics
+  distlock bench handoff --workers 32
+  distlock bench keepalive --leases 100000 -o json`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			f.Mode = bench.Uncontended
+			if len(args) == 1 {
+				f.Mode = args[0]
 			}
-			results, err := f.run(cmd.Context(), r, cmd.ErrOrStderr())
+			if !slices.ContainsFunc(bench.Modes, func(m [2]string) bool { return m[0] == f.Mode }) {
+				return usage("there is no mode %q; see distlock bench --help", f.Mode)
+			}
+			switch {
+			case f.Workers < 1 || f.Connections < 1 || f.Leases < 1:
+				return usage("--workers, --connections and --leases must be at least 1")
+			case f.Duration <= 0 || f.TTL <= 0 || f.Every <= 0:
+				return usage("--duration, --ttl and --every must be above 0")
+			case f.Pipeline < 0 || f.Pipeline > 0 && (f.Mode != bench.Uncontended || f.Unary):
+				return usage("--pipeline is for the mode uncontended on streams")
+			case len(r.endpoints) != 1:
+				return usage("--endpoints must name the one server to measure")
+			case f.Unary && cmd.Flags().Changed("stream") && stream:
+				return usage("--unary and --stream exclude each other")
+			}
+			f.Unary = f.Unary || !stream
+			if _, err := r.dial(); err != nil { // the flags are right?
+				return err
+			}
+			f.Endpoint, f.Echo, f.Progress = r.endpoints[0], !noEcho, cmd.ErrOrStderr()
+			results, err := bench.Run(cmd.Context(), *f)
 			if err != nil {
 				return err
 			}
-			return r.print(cmd.OutOrStdout(), map[string]any{"results": results}, func(w io.Writer) {
-				var rows [][]string
-				for _, b := range results {
-					ratio := "-"
-					if b.OfEcho > 0 {
-						ratio = fmt.Sprintf("%.2fx", b.OfEcho)
-					}
-					rows = append(rows, []string{b.Kind, fmt.Sprint(b.Workers), fmt.Sprintf("%.0f", b.PerSecond), ratio, b.P50, b.P99, b.Max})
-				}
-				columns(w, make([]int, 7), []string{"WHAT", "WORKERS", "PER SECOND", "OF ECHO", "P50", "P99", "MAX"}, rows)
-			})
+			return r.print(cmd.OutOrStdout(), map[string]any{"results": results}, func(w io.Writer) { benchTable(w, results) })
 		},
 	}
-	cmd.Flags().IntVar(&f.workers, "workers", 64, "workers")
-	cmd.Flags().IntVar(&f.connections, "connections", 4, "connections they share")
-	cmd.Flags().DurationVar(&f.duration, "duration", 5*time.Second, "time for each measurement")
-	cmd.Flags().StringVar(&f.kind, "kind", "uncontended", "uncontended or contended")
+	var long strings.Builder
+	fmt.Fprint(&long, "Measure a server under load, beside a bare gRPC echo in this process, in one of\nthese modes (the first unless another is named):\n\n")
+	for _, m := range bench.Modes {
+		fmt.Fprintf(&long, "  %-12s %s\n", m[0], m[1])
+	}
+	cmd.Long = strings.TrimRight(long.String(), "\n")
+	flags := cmd.Flags()
+	flags.IntVar(&f.Workers, "workers", 64, "workers, each with one operation at a time")
+	flags.IntVar(&f.Connections, "connections", 4, "connections they share")
+	flags.IntVar(&f.Pipeline, "pipeline", 0, "this many operations outstanding instead of workers")
+	flags.BoolVar(&f.Unary, "unary", false, "each operation is a call of its own")
+	flags.BoolVar(&stream, "stream", true, "operations share a stream per connection")
+	flags.DurationVar(&f.Duration, "duration", 5*time.Second, "time for each measurement")
+	flags.IntVar(&f.Leases, "leases", 10_000, "leases, for keepalive and expiry")
+	flags.DurationVar(&f.TTL, "ttl", 30*time.Second, "TTL of the leases kept alive")
+	flags.DurationVar(&f.Every, "every", 20*time.Second, "time between a lease's renewals")
+	flags.BoolVar(&noEcho, "no-echo", false, "leave out the echo")
+	flags.StringVar(&f.Metrics, "metrics", "", "URL of the server's metrics, for its CPU and memory")
 	return r.addOutput(cmd)
 }
 
-func (f *benchFlags) run(ctx context.Context, r *remote, progress io.Writer) ([]benchResult, error) {
-	var clients []*client.Client
-	for range f.connections {
-		c, err := r.dial()
-		if err != nil {
-			return nil, err
+func benchTable(w io.Writer, results []bench.Result) {
+	ratio := func(x float64) string {
+		if x == 0 {
+			return "-"
 		}
-		defer c.Close()
-		clients = append(clients, c)
+		return fmt.Sprintf("%.2fx", x)
 	}
-	if _, err := clients[0].Status(ctx); err != nil { // before the load: is it there?
-		return nil, err
-	}
-	fmt.Fprintf(progress, "echo for %v...\n", f.duration)
-	echo, err := f.echo(ctx)
-	if err != nil {
-		return nil, err
-	}
-	fmt.Fprintf(progress, "%s for %v...\n", f.kind, f.duration)
-	run := time.Now().UnixNano()
-	locks, err := f.measure(ctx, f.kind+" pairs", func(ctx context.Context, worker int) error {
-		name := fmt.Sprintf("bench/%d", run)
-		if f.kind == "uncontended" {
-			name = fmt.Sprintf("bench/%d/%d", run, worker)
+	micros := func(us int64) string { return (time.Duration(us) * time.Microsecond).String() }
+	var rows [][]string
+	var notes []string
+	for _, b := range results {
+		rows = append(rows, []string{
+			b.What, fmt.Sprintf("%.0f", b.PerSecond), ratio(b.OfEcho), micros(b.P50Micros), micros(b.P99Micros), micros(b.MaxMicros),
+		})
+		if b.ServerCPUSeconds > 0 {
+			notes = append(notes, fmt.Sprintf("%s: server CPU %.1f µs each, resident %d MiB, heap %d MiB", b.What,
+				b.ServerMicrosPerOperation, b.ServerResidentBytes>>20, b.ServerHeapBytes>>20))
 		}
-		lock, err := clients[worker%len(clients)].Acquire(ctx, name)
-		if err != nil {
-			return err
+		if b.ServerHeapBytesPerLease > 0 {
+			notes = append(notes, fmt.Sprintf("%s: %.0f bytes of the server's heap each", b.What, b.ServerHeapBytesPerLease))
 		}
-		return lock.Release(ctx)
-	})
-	if err != nil {
-		return nil, err
-	}
-	locks.OfEcho = locks.PerSecond / echo.PerSecond
-	return []benchResult{echo, locks}, nil
-}
-
-// echo measures a bare gRPC call, the health service's, in this process.
-func (f *benchFlags) echo(ctx context.Context) (benchResult, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return benchResult{}, err
-	}
-	s := grpc.NewServer()
-	healthpb.RegisterHealthServer(s, health.NewServer())
-	go s.Serve(l)
-	defer s.Stop()
-	var conns []healthpb.HealthClient
-	for range f.connections {
-		conn, err := grpc.NewClient(l.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
-		if err != nil {
-			return benchResult{}, err
+		if b.Fairness > 0 {
+			notes = append(notes, fmt.Sprintf("%s: the fewest of a worker are %.2f of the most", b.What, b.Fairness))
 		}
-		defer conn.Close()
-		conns = append(conns, healthpb.NewHealthClient(conn))
+		if b.Early > 0 {
+			notes = append(notes, fmt.Sprintf("%s: %d ended EARLY", b.What, b.Early))
+		}
 	}
-	return f.measure(ctx, "bare gRPC echo", func(ctx context.Context, worker int) error {
-		_, err := conns[worker%len(conns)].Check(ctx, &healthpb.HealthCheckRequest{})
-		return err
-	})
-}
-
-// measure repeats op on every worker until the time is up.
-func (f *benchFlags) measure(ctx context.Context, kind string, op func(ctx context.Context, worker int) error) (benchResult, error) {
-	var stop atomic.Bool
-	times := make([][]time.Duration, f.workers)
-	errs := make(chan error, f.workers)
-	var group sync.WaitGroup
-	begin := time.Now()
-	for w := range f.workers {
-		group.Add(1)
-		go func() {
-			defer group.Done()
-			for !stop.Load() {
-				at := time.Now()
-				if err := op(ctx, w); err != nil {
-					stop.Store(true)
-					errs <- err
-					return
-				}
-				times[w] = append(times[w], time.Since(at))
-			}
-		}()
+	columns(w, make([]int, 6), []string{"WHAT", "PER SECOND", "OF ECHO", "P50", "P99", "MAX"}, rows)
+	for _, n := range notes {
+		fmt.Fprintln(w, n)
 	}
-	select {
-	case <-time.After(f.duration):
-	case <-ctx.Done():
-	}
-	stop.Store(true)
-	group.Wait()
-	took := time.Since(begin)
-	select {
-	case err := <-errs:
-		return benchResult{}, err
-	default:
-	}
-	all := slices.Concat(times...)
-	slices.Sort(all)
-	if len(all) == 0 {
-		return benchResult{}, fmt.Errorf("no operation ended within %v", f.duration)
-	}
-	at := func(q float64) string { return all[int(q*float64(len(all)-1))].Round(time.Microsecond).String() }
-	return benchResult{
-		Kind: kind, Workers: f.workers, Operations: int64(len(all)), PerSecond: float64(len(all)) / took.Seconds(),
-		P50: at(0.5), P99: at(0.99), Max: at(1),
-	}, nil
 }

@@ -64,6 +64,8 @@ func serveCommand(use string) *cobra.Command {
 	flags.IntVar(&f.Bounds.MaxLeases, "max-leases", 2_000_000, "live leases at most")
 	flags.IntVar(&f.Bounds.MaxLocks, "max-locks", 2_000_000, "existing locks at most")
 	flags.IntVar(&f.Bounds.MaxWaiters, "max-waiters", 1_000_000, "waiting requests at most")
+	flags.StringVar(&f.MetricsAddress, "metrics-address", "", "HOST:PORT to serve Prometheus metrics on")
+	flags.BoolVar(&f.Pprof, "pprof", false, "serve Go's profiles there too")
 	flags.StringVar(&f.logFormat, "log-format", "console", "console or json")
 	flags.StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
 	flags.BoolVar(&f.showVersion, "version", false, "print the version")
@@ -90,6 +92,8 @@ func (f *serveFlags) run(cmd *cobra.Command) error {
 		return usage("--max-leases, --max-locks and --max-waiters must be at least 1")
 	case f.snapshotMiB < 1 || f.snapshotMiB > 1<<20:
 		return usage("--snapshot-mib must be at least 1, and is %d", f.snapshotMiB)
+	case f.Pprof && f.MetricsAddress == "":
+		return usage("--pprof needs --metrics-address HOST:PORT, where the profiles are served")
 	case f.DrainTimeout <= 0:
 		return usage("--drain-timeout must be above 0, and is %v", f.DrainTimeout)
 	}

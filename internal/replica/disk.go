@@ -40,6 +40,7 @@ type disk struct {
 	wal       *wal.WAL
 	snapshots *raft.FileSnapshotStore
 	fail      func(error)
+	synced    func(time.Duration)
 	last      *lastError
 	written   atomic.Int64 // bytes since the last snapshot, about
 	since     atomic.Int64 // when the write under way began, in ns; 0 for none
@@ -62,7 +63,7 @@ func openDisk(cfg Config, fail func(error)) (*disk, error) {
 	} else if !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("data directory %s: cannot be written: %w", cfg.Dir, cause(err))
 	}
-	d := &disk{fail: fail, last: &lastError{}}
+	d := &disk{fail: fail, synced: cfg.Synced, last: &lastError{}}
 	logger := quiet(cfg.Logger.Named("wal"), d.last)
 	var err error
 	d.wal, err = openWAL(cfg, logger)
@@ -190,8 +191,12 @@ func (d *disk) StoreLogs(logs []*raft.Log) error {
 		d.written.Add(int64(len(sealed[i].Data)))
 	}
 	d.since.Store(time.Now().UnixNano())
+	began := time.Now()
 	err := d.LogStore.StoreLogs(sealed)
 	d.since.Store(0)
+	if d.synced != nil {
+		d.synced(time.Since(began))
+	}
 	if err != nil {
 		d.failed("write the log", err)
 	}

@@ -56,6 +56,9 @@ type Config struct {
 	Dir    string
 	Store  *lease.Store // empty; filled from the directory
 	Logger *zap.Logger
+	// Synced is told how long each write to the log took, disk and all; nil
+	// for nobody. It must not block.
+	Synced func(time.Duration)
 
 	// NodeID names this member; "" takes the directory's, n1 in a new one.
 	NodeID string

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"strconv"
 	"sync"
 	"syscall"
@@ -16,6 +17,7 @@ import (
 	"github.com/jonboulle/clockwork"
 	"go.uber.org/zap"
 
+	"github.com/distlock/distlock/internal/metrics"
 	"github.com/distlock/distlock/internal/replica"
 	"github.com/distlock/distlock/lease"
 	"github.com/distlock/distlock/transport"
@@ -60,6 +62,11 @@ type Config struct {
 	Logger  *zap.Logger     // default: none
 	Clock   clockwork.Clock // default: the real one
 	Version string
+
+	// MetricsAddress is where Prometheus's metrics are served (host:port);
+	// default: nowhere. With Pprof, Go's profiles are served there too.
+	MetricsAddress string
+	Pprof          bool
 }
 
 // Server is a distlock server. New makes it, Run runs it once.
@@ -71,6 +78,9 @@ type Server struct {
 	manager   *lease.Manager
 	transport *transport.Server
 	started   time.Time
+
+	metrics         *metrics.Metrics // nil without an address
+	metricsListener net.Listener
 }
 
 // New opens the log and the port. Errors are one line each, fit for a user.
@@ -97,9 +107,12 @@ func New(cfg Config) (*Server, error) {
 	if err := s.listen(); err != nil {
 		return nil, err
 	}
-	if err := s.open(); err != nil {
+	if err := s.listenMetrics(); err != nil {
 		s.listener.Close()
 		return nil, err
+	}
+	if err := s.open(); err != nil {
+		return nil, errors.Join(err, s.closeListeners())
 	}
 	return s, nil
 }
@@ -160,6 +173,36 @@ func (s *Server) listen() error {
 	return nil
 }
 
+func (s *Server) listenMetrics() error {
+	if s.cfg.MetricsAddress == "" {
+		return nil
+	}
+	l, err := net.Listen("tcp", s.cfg.MetricsAddress)
+	if err != nil {
+		return fmt.Errorf("metrics: %w", err)
+	}
+	s.metricsListener = l
+	s.metrics = metrics.New(s.cfg.Version, s.status)
+	return nil
+}
+
+func (s *Server) closeListeners() error {
+	err := s.listener.Close()
+	if s.metricsListener != nil {
+		err = errors.Join(err, s.metricsListener.Close())
+	}
+	return err
+}
+
+// status is for the metrics.
+func (s *Server) status() metrics.Status {
+	st := s.manager.Status()
+	return metrics.Status{
+		Leader: st.Leader, Term: st.Term, Revision: st.Revision, LastToken: st.LastToken,
+		Leases: st.Leases, Locks: st.Locks, Holds: st.Holds, Waiters: st.Waiters, Pending: s.manager.Pending(),
+	}
+}
+
 func (s *Server) open() error {
 	var base uint64
 	if s.cfg.InMemory {
@@ -167,6 +210,12 @@ func (s *Server) open() error {
 		base = uint64(max(s.cfg.Clock.Now().UnixMicro(), 0))
 	}
 	store := lease.NewStore(base)
+	var synced func(time.Duration)
+	var refused func(string)
+	var observer lease.Observer
+	if s.metrics != nil {
+		synced, refused, observer = s.metrics.Synced, s.metrics.Refused, s.metrics
+	}
 	if s.cfg.InMemory {
 		s.log = lease.NewMemoryLog(store)
 	} else {
@@ -174,7 +223,7 @@ func (s *Server) open() error {
 			Dir: s.cfg.DataDir, Store: store, Logger: s.cfg.Logger, Version: s.cfg.Version, SnapshotBytes: s.cfg.SnapshotBytes,
 			NodeID: s.cfg.NodeID, PeerAddress: s.cfg.PeerAddress, PeerListen: s.cfg.PeerListen,
 			InitialCluster: s.cfg.InitialCluster, Join: s.cfg.Join != "", PeerTLS: s.cfg.PeerTLS,
-			ElectionTimeout: s.cfg.ElectionTimeout, ClientAddress: s.clientAddress(),
+			ElectionTimeout: s.cfg.ElectionTimeout, ClientAddress: s.clientAddress(), Synced: synced,
 		})
 		if err != nil {
 			return err
@@ -186,6 +235,7 @@ func (s *Server) open() error {
 	}
 	manager, err := lease.New(lease.Config{
 		Clock: s.cfg.Clock, Log: s.log, Store: store, Bounds: s.cfg.Bounds, Logger: s.cfg.Logger,
+		Observer: observer,
 	})
 	if err != nil {
 		return errors.Join(err, s.log.Close())
@@ -193,7 +243,7 @@ func (s *Server) open() error {
 	s.manager = manager
 	config := transport.Config{
 		Manager: manager, Node: s.node, Logger: s.cfg.Logger,
-		Workers: s.cfg.MaxWorkers, MaxMessageBytes: s.cfg.MaxMessageBytes,
+		Workers: s.cfg.MaxWorkers, MaxMessageBytes: s.cfg.MaxMessageBytes, Refused: refused,
 	}
 	if s.replica != nil {
 		config.Cluster = s.replica
@@ -247,6 +297,11 @@ func (s *Server) Run(ctx context.Context) error {
 		zap.String("durability", durability), zap.String("version", s.cfg.Version)}
 	if s.cfg.PeerAddress != "" {
 		fields = append(fields, zap.String("node", s.replica.NodeID()), zap.String("peerAddress", s.cfg.PeerAddress))
+	}
+	if s.metrics != nil {
+		fields = append(fields, zap.Stringer("metrics", s.MetricsAddr()))
+		stop := s.serveMetrics()
+		defer stop()
 	}
 	s.cfg.Logger.Info("distlock serves", fields...)
 
@@ -328,7 +383,29 @@ func (s *Server) Run(ctx context.Context) error {
 	return err
 }
 
+// MetricsAddr is where metrics are served; nil when they are not.
+func (s *Server) MetricsAddr() net.Addr {
+	if s.metricsListener == nil {
+		return nil
+	}
+	return s.metricsListener.Addr()
+}
+
+// serveMetrics begins to; the function that it returns ends it.
+func (s *Server) serveMetrics() (stop func()) {
+	web := &http.Server{Handler: s.metrics.Handler(s.cfg.Pprof), ReadHeaderTimeout: 10 * time.Second}
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		web.Serve(s.metricsListener)
+	}()
+	return func() {
+		web.Close()
+		<-served
+	}
+}
+
 // Close gives up a server that was never run.
 func (s *Server) Close() error {
-	return errors.Join(s.listener.Close(), s.log.Close())
+	return errors.Join(s.closeListeners(), s.log.Close())
 }

@@ -1,0 +1,63 @@
+package bench
+
+import (
+	"bufio"
+	"context"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// usage is what a server has used so far, by its own metrics.
+type usage struct {
+	cpu            float64 // seconds
+	resident, heap float64 // bytes
+	known          bool
+}
+
+// server asks the server; what it does not tell stays unknown.
+func (b *bench) server(ctx context.Context) (u usage) {
+	if b.Metrics == "" {
+		return u
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, b.Metrics, nil)
+	if err != nil {
+		return u
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return u
+	}
+	defer resp.Body.Close()
+	lines := bufio.NewScanner(resp.Body)
+	for lines.Scan() {
+		name, text, ok := strings.Cut(lines.Text(), " ")
+		value, err := strconv.ParseFloat(text, 64)
+		if !ok || err != nil {
+			continue
+		}
+		switch name {
+		case "process_cpu_seconds_total":
+			u.cpu, u.known = value, true
+		case "process_resident_memory_bytes":
+			u.resident = value
+		case "go_memstats_heap_alloc_bytes":
+			u.heap = value
+		}
+	}
+	return u
+}
+
+func (r *Result) used(before, after usage) {
+	if !before.known || !after.known {
+		return
+	}
+	r.ServerCPUSeconds = after.cpu - before.cpu
+	if r.Operations > 0 {
+		r.ServerMicrosPerOperation = r.ServerCPUSeconds * 1e6 / float64(r.Operations)
+	}
+	r.ServerResidentBytes, r.ServerHeapBytes = int64(after.resident), int64(after.heap)
+}
