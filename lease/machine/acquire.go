@@ -12,9 +12,8 @@ func (m *Machine) acquire(c *Acquire) Result {
 	}
 	var l *lease
 	if c.Lease == 0 {
-		if r, ok := m.requests.Get(request{id: c.Request}); ok {
-			a := m.acquisition(r.lease, c.Request)
-			return m.again(c, r.lease, a)
+		if id, ok := m.requests.Get(c.Request); ok {
+			return m.again(c, id, m.acquisition(id, c.Request))
 		}
 		if end := m.memory.request(c.Request); end != nil {
 			return refuse(Refusal{Reason: ReasonRequestEnded, Lease: end.lease, Token: end.token, Ended: end.ended()})
@@ -88,7 +87,7 @@ func (m *Machine) acquire(c *Acquire) Result {
 		m.enterQueues(l, a)
 		return Result{Lease: l.id, Waiting: true}
 	}
-	return Result{Lease: l.id, Grant: m.grant(l, a).granted()}
+	return Result{Lease: l.id, Grant: m.grant(l, a)}
 }
 
 // invalid names the field that no valid request has so; requests are
@@ -141,12 +140,15 @@ func (m *Machine) again(c *Acquire, id LeaseID, a *acquisition) Result {
 
 // granted shows a granted acquisition.
 func (a *acquisition) granted() *Grant {
-	g := &Grant{Lease: a.lease, Request: a.request, Token: a.token, Mode: a.mode, Since: a.since}
-	g.Locks = make([]GrantedLock, len(a.names))
+	return &Grant{Lease: a.lease, Request: a.request, Token: a.token, Mode: a.mode, Since: a.since, Locks: a.locks()}
+}
+
+func (a *acquisition) locks() []GrantedLock {
+	list := make([]GrantedLock, len(a.names))
 	for i, name := range a.names {
-		g.Locks[i] = GrantedLock{Name: name, Floor: a.floor(i), Clock: a.clock(i)}
+		list[i] = GrantedLock{Name: name, Floor: a.floor(i), Clock: a.clock(i)}
 	}
-	return g
+	return list
 }
 
 func (a *acquisition) floor(i int) fence.Token {
@@ -177,8 +179,8 @@ func (k *lock) admits(mode Mode, limit uint32) bool {
 }
 
 // grant gives an acquisition its locks, all of which admit it, under the next
-// token, and returns its new record.
-func (m *Machine) grant(l *lease, waiting *acquisition) *acquisition {
+// token.
+func (m *Machine) grant(l *lease, waiting *acquisition) *Grant {
 	m.minted++
 	fresh := *waiting
 	a := &fresh
@@ -206,10 +208,11 @@ func (m *Machine) grant(l *lease, waiting *acquisition) *acquisition {
 		m.holders.Set(place{name, uint64(a.token), a})
 		m.memory.granted(name, a.token)
 	}
-	m.acqs.Set(a)
-	m.tokens.Set(a)
-	m.emit(Event{Kind: EventGranted, Lease: l.id, Request: a.request, Owner: l.owner, Token: a.token, Mode: a.mode, Locks: a.granted().Locks, TTL: l.ttl, Own: l.own})
-	return a
+	m.acqs.Set(under{a.lease, a.request, a})
+	m.tokens.Set(a.token, a)
+	g := a.granted()
+	m.emit(Event{Kind: EventGranted, Lease: l.id, Request: a.request, Owner: l.owner, Token: a.token, Mode: a.mode, Locks: g.Locks, TTL: l.ttl, Own: l.own})
+	return g
 }
 
 func (a *acquisition) setFloor(i int, floor fence.Token) {

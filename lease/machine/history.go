@@ -30,7 +30,7 @@ func (m *Machine) NewHistory(above fence.Token, stamp int64) (fence.Token, error
 	m.stamp = stamp
 	m.minted, m.leaseIDs, m.revision = minted, ids, revision
 	var all []*lease
-	m.leases.Scan(func(l *lease) bool {
+	m.leases.Scan(func(_ LeaseID, l *lease) bool {
 		all = append(all, l)
 		return true
 	})
@@ -39,7 +39,7 @@ func (m *Machine) NewHistory(above fence.Token, stamp int64) (fence.Token, error
 	}
 	m.settle()
 	var declared []string
-	m.locks.Scan(func(k *lock) bool {
+	m.locks.Scan(func(_ string, k *lock) bool {
 		if k.declared {
 			declared = append(declared, k.name)
 		}

@@ -11,8 +11,8 @@ func (m *Machine) grantLease(c *GrantLease) Result {
 		return refuse(Refusal{Reason: ReasonInvalid, Field: "ttl"})
 	}
 	if c.Request != 0 {
-		if r, ok := m.requests.Get(request{id: c.Request}); ok {
-			l := m.lease(r.lease)
+		if id, ok := m.requests.Get(c.Request); ok {
+			l := m.lease(id)
 			if l.own || l.ttl != c.TTL || l.owner != c.Owner {
 				return refuse(Refusal{Reason: ReasonRequestMismatch, Lease: l.id})
 			}
@@ -32,9 +32,9 @@ func (m *Machine) makeLease(req RequestID, ttl Duration, owner string, metadata 
 		id: LeaseID(m.leaseIDs), ttl: ttl, owner: owner, metadata: metadata,
 		since: m.stamp, own: own, request: req, after: fence.Token(m.minted),
 	}
-	m.leases.Set(l)
+	m.leases.Set(l.id, l)
 	if req != 0 {
-		m.requests.Set(request{req, l.id})
+		m.requests.Set(req, l.id)
 	}
 	m.emit(Event{Kind: EventLeaseGranted, Lease: l.id, Request: req, Owner: owner, TTL: ttl, Own: own})
 	return l
@@ -93,9 +93,9 @@ func (m *Machine) endLease(l *lease, cause EndCause, by string) {
 // dropLease takes a lease without acquisitions out of the tables. ended are
 // the acquisitions that ended with it.
 func (m *Machine) dropLease(l *lease, cause EndCause, by string, ended []*acquisition) {
-	m.leases.Delete(l)
+	m.leases.Delete(l.id)
 	if l.request != 0 {
-		m.requests.Delete(request{id: l.request})
+		m.requests.Delete(l.request)
 	}
 	rev := m.emit(Event{Kind: EventLeaseEnded, Lease: l.id, Request: l.request, Owner: l.owner, Cause: cause, By: by, Own: l.own})
 	end := past{revision: rev, lease: l.id, leaseEnd: true, cause: cause, by: by, at: m.stamp}
@@ -147,7 +147,7 @@ func (l *lease) sequence() sequence {
 func (m *Machine) setSequence(l *lease, seq sequence) *lease {
 	fresh := *l
 	fresh.seq = &seq
-	m.leases.Set(&fresh)
+	m.leases.Set(l.id, &fresh)
 	return &fresh
 }
 

@@ -22,14 +22,16 @@ type Machine struct {
 	revision uint64 // of the last event
 	places   uint64 // highest place in a queue given out
 
-	leases   *btree.BTreeG[*lease]       // by id
-	acqs     *btree.BTreeG[*acquisition] // by lease, request
-	tokens   *btree.BTreeG[*acquisition] // granted ones, by token
-	locks    *btree.BTreeG[*lock]        // by name
-	holders  *btree.BTreeG[place]        // by lock name, token
-	queues   *btree.BTreeG[place]        // by lock name, place
-	actors   *btree.BTreeG[place]        // waiting acquisitions by actor, place
-	requests *btree.BTreeG[request]      // live leases by the request that made them
+	// Keys stand beside the pointers to records, so that a search touches no
+	// record on its way.
+	leases   *btree.Map[LeaseID, *lease]
+	acqs     *btree.BTreeG[under]                  // by lease, request
+	tokens   *btree.Map[fence.Token, *acquisition] // granted ones
+	locks    *btree.Map[string, *lock]             // by name
+	holders  *btree.BTreeG[place]                  // by lock name, token
+	queues   *btree.BTreeG[place]                  // by lock name, place
+	actors   *btree.BTreeG[place]                  // waiting acquisitions by actor, place
+	requests *btree.Map[RequestID, LeaseID]        // live leases by the request that made them
 	memory   memory
 
 	// Of the batch being applied.
@@ -109,9 +111,11 @@ type place struct {
 	acq *acquisition
 }
 
-type request struct {
-	id    RequestID
-	lease LeaseID
+// under is an acquisition's entry in the table of all.
+type under struct {
+	lease   LeaseID
+	request RequestID
+	acq     *acquisition
 }
 
 func table[T any](less func(a, b T) bool) *btree.BTreeG[T] {
@@ -125,7 +129,7 @@ func lessPlace(a, b place) bool {
 	return a.n < b.n
 }
 
-func lessAcq(a, b *acquisition) bool {
+func lessUnder(a, b under) bool {
 	if a.lease != b.lease {
 		return a.lease < b.lease
 	}
@@ -137,14 +141,14 @@ func lessAcq(a, b *acquisition) bool {
 func New(base uint64) *Machine {
 	return &Machine{
 		minted: base, leaseIDs: base,
-		leases:   table(func(a, b *lease) bool { return a.id < b.id }),
-		acqs:     table(lessAcq),
-		tokens:   table(func(a, b *acquisition) bool { return a.token < b.token }),
-		locks:    table(func(a, b *lock) bool { return a.name < b.name }),
+		leases:   &btree.Map[LeaseID, *lease]{},
+		acqs:     table(lessUnder),
+		tokens:   &btree.Map[fence.Token, *acquisition]{},
+		locks:    &btree.Map[string, *lock]{},
 		holders:  table(lessPlace),
 		queues:   table(lessPlace),
 		actors:   table(lessPlace),
-		requests: table(func(a, b request) bool { return a.id < b.id }),
+		requests: &btree.Map[RequestID, LeaseID]{},
 		memory:   newMemory(),
 	}
 }
@@ -163,12 +167,16 @@ func (m *Machine) Copy() *Machine {
 // Apply executes a batch. It cannot fail: refusals are results. Only the
 // owning goroutine may call it.
 func (m *Machine) Apply(b Batch) Outcome {
-	m.stamp, m.events = b.Stamp, nil
+	// Most commands are an acquisition or its release, of two events each.
+	m.stamp, m.events = b.Stamp, make([]Event, 0, 2*len(b.Commands))
 	results := make([]Result, len(b.Commands))
 	for i, c := range b.Commands {
 		results[i] = m.apply(c, b.Term)
 	}
 	out := Outcome{Results: results, Events: m.events}
+	if len(out.Events) == 0 {
+		out.Events = nil
+	}
 	m.events = nil
 	return out
 }
@@ -216,13 +224,13 @@ func (m *Machine) emit(e Event) uint64 {
 func refuse(r Refusal) Result { return Result{Refusal: &r} }
 
 func (m *Machine) lease(id LeaseID) *lease {
-	l, _ := m.leases.Get(&lease{id: id})
+	l, _ := m.leases.Get(id)
 	return l
 }
 
 func (m *Machine) acquisition(id LeaseID, req RequestID) *acquisition {
-	a, _ := m.acqs.Get(&acquisition{lease: id, request: req})
-	return a
+	u, _ := m.acqs.Get(under{lease: id, request: req})
+	return u.acq
 }
 
 func (m *Machine) holder(name string, token fence.Token) *acquisition {
@@ -232,18 +240,18 @@ func (m *Machine) holder(name string, token fence.Token) *acquisition {
 
 // hold returns the live hold that has a token, on whatever locks, or nil.
 func (m *Machine) hold(token fence.Token) *acquisition {
-	a, _ := m.tokens.Get(&acquisition{token: token})
+	a, _ := m.tokens.Get(token)
 	return a
 }
 
 // ofLease returns the lease's acquisitions in order of request.
 func (m *Machine) ofLease(id LeaseID) []*acquisition {
 	var list []*acquisition
-	m.acqs.Ascend(&acquisition{lease: id}, func(a *acquisition) bool {
-		if a.lease != id {
+	m.acqs.Ascend(under{lease: id}, func(u under) bool {
+		if u.lease != id {
 			return false
 		}
-		list = append(list, a)
+		list = append(list, u.acq)
 		return true
 	})
 	return list
@@ -262,25 +270,31 @@ func byToken(list []*acquisition) {
 // editLock returns a copy of the lock to change, or a new one, and puts it in
 // the table. The copy belongs to the caller until the next Copy.
 func (m *Machine) editLock(name string) *lock {
-	old, ok := m.locks.Get(&lock{name: name})
+	old, ok := m.locks.Get(name)
 	fresh := &lock{name: name}
 	if ok {
 		*fresh = *old
 	} else {
 		fresh.last = m.memory.last(name)
 	}
-	m.locks.Set(fresh)
+	m.locks.Set(name, fresh)
 	return fresh
 }
 
 func (m *Machine) lock(name string) *lock {
-	l, _ := m.locks.Get(&lock{name: name})
+	l, _ := m.locks.Get(name)
 	return l
+}
+
+// onlyHeldOnce reports whether nothing but its one hold keeps the lock in
+// existence.
+func (l *lock) onlyHeldOnce() bool {
+	return l.holders == 1 && l.waiters == 0 && len(l.delays) == 0 && !l.declared
 }
 
 // dropIfIdle forgets a lock that nothing keeps in existence.
 func (m *Machine) dropIfIdle(l *lock) {
 	if l.holders == 0 && l.waiters == 0 && len(l.delays) == 0 && !l.declared {
-		m.locks.Delete(l)
+		m.locks.Delete(l.name)
 	}
 }

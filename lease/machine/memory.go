@@ -35,14 +35,14 @@ func (p *past) lost() bool { return p.token != 0 && p.cause != EndReleased }
 // memory remembers pasts in the order of their end, and finds them by lease,
 // request and token.
 type memory struct {
-	count     uint64               // pasts ever remembered
-	order     *btree.BTreeG[*past] // by n
-	byLease   *btree.BTreeG[*past]
-	byRequest *btree.BTreeG[*past]
-	byToken   *btree.BTreeG[*past]
+	count     uint64                    // pasts ever remembered
+	order     *btree.Map[uint64, *past] // by n
+	byLease   *btree.Map[LeaseID, *past]
+	byRequest *btree.Map[RequestID, *past]
+	byToken   *btree.Map[fence.Token, *past]
 	// traces keep the last token of every lock that a remembered lost hold
 	// was on, so that its holder can be told whether anyone came after.
-	traces *btree.BTreeG[trace]
+	traces *btree.Map[string, trace]
 }
 
 type trace struct {
@@ -53,11 +53,11 @@ type trace struct {
 
 func newMemory() memory {
 	return memory{
-		order:     table(func(a, b *past) bool { return a.n < b.n }),
-		byLease:   table(func(a, b *past) bool { return a.lease < b.lease }),
-		byRequest: table(func(a, b *past) bool { return a.request < b.request }),
-		byToken:   table(func(a, b *past) bool { return a.token < b.token }),
-		traces:    table(func(a, b trace) bool { return a.name < b.name }),
+		order:     &btree.Map[uint64, *past]{},
+		byLease:   &btree.Map[LeaseID, *past]{},
+		byRequest: &btree.Map[RequestID, *past]{},
+		byToken:   &btree.Map[fence.Token, *past]{},
+		traces:    &btree.Map[string, trace]{},
 	}
 }
 
@@ -72,21 +72,21 @@ func (m *memory) remember(p past) {
 	m.count++
 	p.n = m.count
 	record := &p
-	m.order.Set(record)
+	m.order.Set(record.n, record)
 	m.index(record)
 	if p.lost() {
 		for _, name := range p.names {
-			t, ok := m.traces.Get(trace{name: name})
+			t, ok := m.traces.Get(name)
 			if !ok {
 				t = trace{name: name}
 			}
 			t.refs++
 			t.last = max(t.last, p.token)
-			m.traces.Set(t)
+			m.traces.Set(t.name, t)
 		}
 	}
 	for m.order.Len() > MaxRemembered {
-		oldest, _ := m.order.Min()
+		_, oldest, _ := m.order.Min()
 		m.drop(oldest)
 	}
 }
@@ -94,37 +94,37 @@ func (m *memory) remember(p past) {
 // index makes a past findable.
 func (m *memory) index(p *past) {
 	if p.leaseEnd {
-		m.byLease.Set(p)
+		m.byLease.Set(p.lease, p)
 	}
 	if p.request != 0 {
-		m.byRequest.Set(p)
+		m.byRequest.Set(p.request, p)
 	}
 	if p.token != 0 {
-		m.byToken.Set(p)
+		m.byToken.Set(p.token, p)
 	}
 }
 
 func (m *memory) drop(p *past) {
-	m.order.Delete(p)
-	if found, ok := m.byLease.Get(p); ok && found == p {
-		m.byLease.Delete(p)
+	m.order.Delete(p.n)
+	if found, ok := m.byLease.Get(p.lease); ok && found == p {
+		m.byLease.Delete(p.lease)
 	}
-	if found, ok := m.byRequest.Get(p); ok && found == p {
-		m.byRequest.Delete(p)
+	if found, ok := m.byRequest.Get(p.request); ok && found == p {
+		m.byRequest.Delete(p.request)
 	}
-	if found, ok := m.byToken.Get(p); ok && found == p {
-		m.byToken.Delete(p)
+	if found, ok := m.byToken.Get(p.token); ok && found == p {
+		m.byToken.Delete(p.token)
 	}
 	if p.lost() {
 		for _, name := range p.names {
-			t, ok := m.traces.Get(trace{name: name})
+			t, ok := m.traces.Get(name)
 			if !ok {
 				continue
 			}
 			if t.refs--; t.refs == 0 {
-				m.traces.Delete(t)
+				m.traces.Delete(t.name)
 			} else {
-				m.traces.Set(t)
+				m.traces.Set(t.name, t)
 			}
 		}
 	}
@@ -132,7 +132,7 @@ func (m *memory) drop(p *past) {
 
 func (m *memory) forget(through uint64) {
 	for {
-		oldest, ok := m.order.Min()
+		_, oldest, ok := m.order.Min()
 		if !ok || oldest.revision > through {
 			return
 		}
@@ -141,17 +141,17 @@ func (m *memory) forget(through uint64) {
 }
 
 func (m *memory) lease(id LeaseID) *past {
-	p, _ := m.byLease.Get(&past{lease: id})
+	p, _ := m.byLease.Get(id)
 	return p
 }
 
 func (m *memory) request(id RequestID) *past {
-	p, _ := m.byRequest.Get(&past{request: id})
+	p, _ := m.byRequest.Get(id)
 	return p
 }
 
 func (m *memory) token(t fence.Token) *past {
-	p, _ := m.byToken.Get(&past{token: t})
+	p, _ := m.byToken.Get(t)
 	return p
 }
 
@@ -160,14 +160,14 @@ func (m *memory) granted(name string, token fence.Token) {
 	if m.traces.Len() == 0 {
 		return
 	}
-	if t, ok := m.traces.Get(trace{name: name}); ok {
+	if t, ok := m.traces.Get(name); ok {
 		t.last = token
-		m.traces.Set(t)
+		m.traces.Set(t.name, t)
 	}
 }
 
 // last returns the last token granted on a lock, if a trace of it is kept.
 func (m *memory) last(name string) fence.Token {
-	t, _ := m.traces.Get(trace{name: name})
+	t, _ := m.traces.Get(name)
 	return t.last
 }

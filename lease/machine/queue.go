@@ -16,7 +16,7 @@ func (m *Machine) enterQueues(l *lease, a *acquisition) {
 	if a.actor != "" {
 		m.actors.Set(place{a.actor, a.place, a})
 	}
-	m.acqs.Set(a)
+	m.acqs.Set(under{a.lease, a.request, a})
 	m.emit(Event{Kind: EventQueued, Lease: l.id, Request: a.request, Owner: l.owner, Mode: a.mode, Locks: named(a.names), Own: l.own})
 }
 
@@ -39,7 +39,7 @@ func (m *Machine) dequeue(a *acquisition) {
 // leaveQueues ends a waiting acquisition without a grant. The caller settles.
 func (m *Machine) leaveQueues(l *lease, a *acquisition, cause EndCause, by string) {
 	m.dequeue(a)
-	m.acqs.Delete(a)
+	m.acqs.Delete(under{lease: a.lease, request: a.request})
 	m.dirty = append(m.dirty, a.names...)
 	m.emit(Event{Kind: EventAbandoned, Lease: l.id, Request: a.request, Owner: l.owner, Mode: a.mode, Locks: named(a.names), Cause: cause, By: by, Own: l.own})
 }
@@ -49,20 +49,24 @@ func (m *Machine) leaveQueues(l *lease, a *acquisition, cause EndCause, by strin
 func (m *Machine) endHold(l *lease, a *acquisition, cause EndCause, by string) {
 	delayed := cause != EndReleased && cause != EndUndeclared && a.delay > 0
 	for _, name := range a.names {
+		m.holders.Delete(place{key: name, n: uint64(a.token)})
+		if !delayed && m.lock(name).onlyHeldOnce() {
+			m.locks.Delete(name)
+			continue
+		}
 		k := m.editLock(name)
 		k.holders--
 		if a.mode == Shared {
 			k.shared--
 		}
-		m.holders.Delete(place{key: name, n: uint64(a.token)})
 		if !delayed {
 			m.dropIfIdle(k)
 		}
 	}
-	m.acqs.Delete(a)
-	m.tokens.Delete(a)
+	m.acqs.Delete(under{lease: a.lease, request: a.request})
+	m.tokens.Delete(a.token)
 	m.dirty = append(m.dirty, a.names...)
-	rev := m.emit(Event{Kind: EventHoldEnded, Lease: l.id, Request: a.request, Owner: l.owner, Token: a.token, Mode: a.mode, Locks: a.granted().Locks, Cause: cause, By: by, Own: l.own})
+	rev := m.emit(Event{Kind: EventHoldEnded, Lease: l.id, Request: a.request, Owner: l.owner, Token: a.token, Mode: a.mode, Locks: a.locks(), Cause: cause, By: by, Own: l.own})
 	if delayed {
 		for _, name := range a.names {
 			m.startDelay(name, a.delay)

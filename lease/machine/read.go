@@ -59,13 +59,13 @@ func (m *Machine) LeaseGone(id LeaseID) *Refusal { return m.leaseGone(id) }
 // AscendLeases calls fn for the leases with an id above after, in order,
 // until it returns false.
 func (m *Machine) AscendLeases(after LeaseID, fn func(Lease) bool) {
-	m.leases.Ascend(&lease{id: after + 1}, func(l *lease) bool { return fn(m.show(l)) })
+	m.leases.Ascend(after+1, func(_ LeaseID, l *lease) bool { return fn(m.show(l)) })
 }
 
 // EachLease calls fn for every live lease, in order of id, until it returns
 // false.
 func (m *Machine) EachLease(fn func(id LeaseID, ttl Duration) bool) {
-	m.leases.Scan(func(l *lease) bool { return fn(l.id, l.ttl) })
+	m.leases.Scan(func(_ LeaseID, l *lease) bool { return fn(l.id, l.ttl) })
 }
 
 // EachWaiter calls fn for every waiting acquisition, until it returns false.
@@ -82,7 +82,7 @@ func (m *Machine) EachWaiter(fn func(id LeaseID, own bool, request RequestID) bo
 
 // EachDelay calls fn for every lock-delay that has not ended.
 func (m *Machine) EachDelay(fn func(name string, d Delay) bool) {
-	m.locks.Scan(func(k *lock) bool {
+	m.locks.Scan(func(_ string, k *lock) bool {
 		for _, d := range k.delays {
 			if !fn(k.name, d) {
 				return false
@@ -96,11 +96,11 @@ func (m *Machine) EachDelay(fn func(name string, d Delay) bool) {
 // with a lease of its own.
 func (m *Machine) Find(id LeaseID, req RequestID) (Result, bool) {
 	if id == 0 {
-		r, ok := m.requests.Get(request{id: req})
+		own, ok := m.requests.Get(req)
 		if !ok {
 			return Result{}, false
 		}
-		id = r.lease
+		id = own
 	}
 	a := m.acquisition(id, req)
 	if a == nil {
@@ -221,7 +221,7 @@ func (m *Machine) showLock(k *lock) Lock {
 // AscendLocks calls fn for the locks with a name of at least from, in order,
 // until it returns false.
 func (m *Machine) AscendLocks(from string, fn func(Lock) bool) {
-	m.locks.Ascend(&lock{name: from}, func(k *lock) bool { return fn(m.showLock(k)) })
+	m.locks.Ascend(from, func(_ string, k *lock) bool { return fn(m.showLock(k)) })
 }
 
 // Live returns the highest and the lowest token that hold a lock, 0 when it is

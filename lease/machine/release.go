@@ -11,7 +11,7 @@ const maxTokens = uint64(fence.MaxToken)
 func (m *Machine) abandon(c *Abandon) Result {
 	id := c.Lease
 	if id == 0 {
-		r, ok := m.requests.Get(request{id: c.Request})
+		own, ok := m.requests.Get(c.Request)
 		if !ok {
 			// Not here yet, or ended: an Acquire that arrives later is late.
 			if c.Request != 0 && c.Request < AnonymousRequest && m.memory.request(c.Request) == nil {
@@ -19,7 +19,7 @@ func (m *Machine) abandon(c *Abandon) Result {
 			}
 			return Result{}
 		}
-		id = r.lease
+		id = own
 	}
 	l := m.lease(id)
 	if l == nil {

@@ -29,15 +29,15 @@ func (m *Machine) Snapshot(emit func(chunk []byte) error) error {
 		w.buf = binary.AppendUvarint(w.buf, n)
 	}
 	w.table(m.leases.Len())
-	m.leases.Scan(func(l *lease) bool { return w.record(l.encode) })
+	m.leases.Scan(func(_ LeaseID, l *lease) bool { return w.record(l.encode) })
 	w.table(m.acqs.Len())
-	m.acqs.Scan(func(a *acquisition) bool { return w.record(a.encode) })
+	m.acqs.Scan(func(u under) bool { return w.record(u.acq.encode) })
 	w.table(m.locks.Len())
-	m.locks.Scan(func(k *lock) bool { return w.record(k.encode) })
+	m.locks.Scan(func(_ string, k *lock) bool { return w.record(k.encode) })
 	w.table(m.memory.order.Len())
-	m.memory.order.Scan(func(p *past) bool { return w.record(p.encode) })
+	m.memory.order.Scan(func(_ uint64, p *past) bool { return w.record(p.encode) })
 	w.table(m.memory.traces.Len())
-	m.memory.traces.Scan(func(t trace) bool { return w.record(t.encode) })
+	m.memory.traces.Scan(func(_ string, t trace) bool { return w.record(t.encode) })
 	return w.flush()
 }
 
@@ -55,10 +55,10 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 	}
 	r.table(func(d *decoder) {
 		l := decodeLease(d)
-		ascending(d, m.leases, l)
-		m.leases.Set(l)
+		ascending(d, m.leases, l.id)
+		m.leases.Set(l.id, l)
 		if l.request != 0 {
-			m.requests.Set(request{l.request, l.id})
+			m.requests.Set(l.request, l.id)
 		}
 	})
 	r.table(func(d *decoder) {
@@ -67,10 +67,13 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 			d.fail("an acquisition without a lease")
 			return
 		}
-		ascending(d, m.acqs, a)
-		m.acqs.Set(a)
+		entry := under{a.lease, a.request, a}
+		if last, ok := m.acqs.Max(); ok && !lessUnder(last, entry) {
+			d.fail("records out of order")
+		}
+		m.acqs.Set(entry)
 		if a.token != 0 {
-			m.tokens.Set(a)
+			m.tokens.Set(a.token, a)
 		}
 		for _, name := range a.names {
 			if a.token != 0 {
@@ -85,19 +88,19 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 	})
 	r.table(func(d *decoder) {
 		k := decodeLock(d)
-		ascending(d, m.locks, k)
-		m.locks.Set(k)
+		ascending(d, m.locks, k.name)
+		m.locks.Set(k.name, k)
 	})
 	r.table(func(d *decoder) {
 		p := decodePast(d)
-		ascending(d, m.memory.order, p)
-		m.memory.order.Set(p)
+		ascending(d, m.memory.order, p.n)
+		m.memory.order.Set(p.n, p)
 		m.memory.index(p)
 	})
 	r.table(func(d *decoder) {
 		t := decodeTrace(d)
-		ascending(d, m.memory.traces, t)
-		m.memory.traces.Set(t)
+		ascending(d, m.memory.traces, t.name)
+		m.memory.traces.Set(t.name, t)
 	})
 	if r.err == nil {
 		r.err = m.check()
@@ -110,8 +113,8 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 
 // ascending refuses a record that does not come after all of its table: the
 // same record twice, above all, would be in the tables made anew twice.
-func ascending[T any](d *decoder, t *btree.BTreeG[T], record T) {
-	if last, ok := t.Max(); ok && !t.Less(last, record) {
+func ascending[K ~uint64 | ~string, T any](d *decoder, t *btree.Map[K, T], key K) {
+	if last, _, ok := t.Max(); ok && key <= last {
 		d.fail("records out of order")
 	}
 }
@@ -124,11 +127,12 @@ func (m *Machine) check() error {
 		err = fmt.Errorf(format+": %w", append(args, ErrCorrupt)...)
 		return false
 	}
-	if last, ok := m.leases.Max(); ok && uint64(last.id) > m.leaseIDs {
-		bad("lease %d was never made", last.id)
+	if last, _, ok := m.leases.Max(); ok && uint64(last) > m.leaseIDs {
+		bad("lease %d was never made", last)
 	}
 	granted, places := 0, 0
-	m.acqs.Scan(func(a *acquisition) bool {
+	m.acqs.Scan(func(u under) bool {
+		a := u.acq
 		places += len(a.names)
 		if a.token != 0 {
 			granted++
@@ -147,7 +151,7 @@ func (m *Machine) check() error {
 		bad("two acquisitions with one token or place")
 	}
 	holders, queued := 0, 0
-	m.locks.Scan(func(k *lock) bool {
+	m.locks.Scan(func(_ string, k *lock) bool {
 		shared := 0
 		n := 0
 		m.holders.Ascend(place{key: k.name}, func(p place) bool {
