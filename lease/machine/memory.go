@@ -36,7 +36,7 @@ func (p *past) lost() bool { return p.token != 0 && p.cause != EndReleased }
 // request and token.
 type memory struct {
 	count     uint64                    // pasts ever remembered
-	order     *btree.Map[uint64, *past] // by n
+	order     []*past // by n; what is in it is not changed, as copies share it
 	byLease   *btree.Map[LeaseID, *past]
 	byRequest *btree.Map[RequestID, *past]
 	byToken   *btree.Map[fence.Token, *past]
@@ -53,7 +53,6 @@ type trace struct {
 
 func newMemory() memory {
 	return memory{
-		order:     &btree.Map[uint64, *past]{},
 		byLease:   &btree.Map[LeaseID, *past]{},
 		byRequest: &btree.Map[RequestID, *past]{},
 		byToken:   &btree.Map[fence.Token, *past]{},
@@ -63,7 +62,9 @@ func newMemory() memory {
 
 func (m *memory) copy() memory {
 	return memory{
-		count: m.count, order: m.order.IsoCopy(), byLease: m.byLease.IsoCopy(), byRequest: m.byRequest.IsoCopy(),
+		// Without room to grow: what either of the two adds, the other must
+		// not see.
+		count: m.count, order: m.order[:len(m.order):len(m.order)], byLease: m.byLease.IsoCopy(), byRequest: m.byRequest.IsoCopy(),
 		byToken: m.byToken.IsoCopy(), traces: m.traces.IsoCopy(),
 	}
 }
@@ -72,7 +73,7 @@ func (m *memory) remember(p past) {
 	m.count++
 	p.n = m.count
 	record := &p
-	m.order.Set(record.n, record)
+	m.order = append(m.order, record)
 	m.index(record)
 	if p.lost() {
 		for _, name := range p.names {
@@ -85,9 +86,8 @@ func (m *memory) remember(p past) {
 			m.traces.Set(t.name, t)
 		}
 	}
-	for m.order.Len() > MaxRemembered {
-		_, oldest, _ := m.order.Min()
-		m.drop(oldest)
+	for len(m.order) > MaxRemembered {
+		m.dropOldest()
 	}
 }
 
@@ -104,16 +104,24 @@ func (m *memory) index(p *past) {
 	}
 }
 
-func (m *memory) drop(p *past) {
-	m.order.Delete(p.n)
-	if found, ok := m.byLease.Get(p.lease); ok && found == p {
-		m.byLease.Delete(p.lease)
+func (m *memory) dropOldest() {
+	p := m.order[0]
+	m.order = m.order[1:]
+	// Another past may have taken its place in an index since.
+	if p.leaseEnd {
+		if found, ok := m.byLease.Delete(p.lease); ok && found != p {
+			m.byLease.Set(p.lease, found)
+		}
 	}
-	if found, ok := m.byRequest.Get(p.request); ok && found == p {
-		m.byRequest.Delete(p.request)
+	if p.request != 0 {
+		if found, ok := m.byRequest.Delete(p.request); ok && found != p {
+			m.byRequest.Set(p.request, found)
+		}
 	}
-	if found, ok := m.byToken.Get(p.token); ok && found == p {
-		m.byToken.Delete(p.token)
+	if p.token != 0 {
+		if found, ok := m.byToken.Delete(p.token); ok && found != p {
+			m.byToken.Set(p.token, found)
+		}
 	}
 	if p.lost() {
 		for _, name := range p.names {
@@ -131,12 +139,8 @@ func (m *memory) drop(p *past) {
 }
 
 func (m *memory) forget(through uint64) {
-	for {
-		_, oldest, ok := m.order.Min()
-		if !ok || oldest.revision > through {
-			return
-		}
-		m.drop(oldest)
+	for len(m.order) > 0 && m.order[0].revision <= through {
+		m.dropOldest()
 	}
 }
 

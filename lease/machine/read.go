@@ -17,7 +17,7 @@ func (m *Machine) LastToken() fence.Token { return fence.Token(m.minted) }
 func (m *Machine) Counts() Counts {
 	return Counts{
 		Leases: m.leases.Len(), Locks: m.locks.Len(), Waiters: m.acqs.Len() - m.tokens.Len(),
-		Holds: m.holders.Len(), Remembered: m.memory.order.Len(),
+		Holds: m.holders.Len(), Remembered: len(m.memory.order),
 	}
 }
 

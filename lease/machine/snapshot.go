@@ -34,8 +34,12 @@ func (m *Machine) Snapshot(emit func(chunk []byte) error) error {
 	m.acqs.Scan(func(u under) bool { return w.record(u.acq.encode) })
 	w.table(m.locks.Len())
 	m.locks.Scan(func(_ string, k *lock) bool { return w.record(k.encode) })
-	w.table(m.memory.order.Len())
-	m.memory.order.Scan(func(_ uint64, p *past) bool { return w.record(p.encode) })
+	w.table(len(m.memory.order))
+	for _, p := range m.memory.order {
+		if !w.record(p.encode) {
+			break
+		}
+	}
 	w.table(m.memory.traces.Len())
 	m.memory.traces.Scan(func(_ string, t trace) bool { return w.record(t.encode) })
 	return w.flush()
@@ -93,8 +97,10 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 	})
 	r.table(func(d *decoder) {
 		p := decodePast(d)
-		ascending(d, m.memory.order, p.n)
-		m.memory.order.Set(p.n, p)
+		if n := len(m.memory.order); n > 0 && m.memory.order[n-1].n >= p.n {
+			d.fail("records out of order")
+		}
+		m.memory.order = append(m.memory.order, p)
 		m.memory.index(p)
 	})
 	r.table(func(d *decoder) {
