@@ -35,7 +35,7 @@ func (p *past) lost() bool { return p.token != 0 && p.cause != EndReleased }
 // memory remembers pasts in the order of their end, and finds them by lease,
 // request and token.
 type memory struct {
-	count     uint64                    // pasts ever remembered
+	count     uint64  // pasts ever remembered
 	order     []*past // by n; what is in it is not changed, as copies share it
 	byLease   *btree.Map[LeaseID, *past]
 	byRequest *btree.Map[RequestID, *past]
