@@ -29,6 +29,7 @@ test: ## run all tests with the race detector
 
 .PHONY: stores
 stores: ## hold the guards against real PostgreSQL, MariaDB and Redis (needs postgresql, mariadb-server, redis-server)
+	cd internal/storetest && $(GO) mod tidy # the core's requirements are this module's too
 	cd internal/storetest && $(GO) vet ./... && $(GO) test -count=1 -timeout 10m ./...
 
 .PHONY: original
