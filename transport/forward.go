@@ -3,6 +3,7 @@ package transport
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"time"
 
@@ -15,6 +16,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoregistry"
 
 	"github.com/distlock/distlock/lease"
+	"github.com/distlock/distlock/lease/machine"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
 
@@ -42,6 +44,7 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 	}
 	nameIt(req)
 	resp, err := handler(ctx, req)
+	again := false // a leader's answer was lost, and the request sent anew
 	until := time.Now().Add(leaderless)
 	for elsewhere(err) && time.Now().Before(until) {
 		var conn grpc.ClientConnInterface
@@ -56,6 +59,7 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 			}
 			began := time.Now()
 			resp, err = f.send(ctx, led, conn, info.FullMethod, req)
+			again = again || errors.Is(err, errAnswerLost)
 			if time.Since(began) > betweenTries { // it was not refused at once
 				until = time.Now().Add(leaderless)
 			}
@@ -79,7 +83,22 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 			})
 		}
 	}
+	if again && err != nil && endedAlready(err) {
+		// The answer that was lost was a refusal, or what it granted is over.
+		// The client knows of one attempt only: to it the outcome is unknown,
+		// until it asks again.
+		return nil, lease.ErrOutcomeUnknown
+	}
 	return resp, err
+}
+
+// errAnswerLost is ErrNotLeader, of a leader that may have done it.
+var errAnswerLost = fmt.Errorf("%w: its answer was lost", lease.ErrNotLeader)
+
+// endedAlready tells whether a request was refused because it has ended.
+func endedAlready(err error) bool {
+	var r *lease.Refusal
+	return errors.As(err, &r) && r.Reason == machine.ReasonRequestEnded || reasonOf(err) == string(machine.ReasonRequestEnded)
 }
 
 // elsewhere tells whether a call was refused because another node leads:
@@ -171,7 +190,7 @@ func (f *forwarder) send(ctx, led context.Context, conn grpc.ClientConnInterface
 		return nil, ctx.Err()
 	case cause != nil || lost(err):
 		if repeatable(req) {
-			return nil, lease.ErrNotLeader // the next leader is asked
+			return nil, errAnswerLost // the next leader is asked
 		}
 		return nil, lease.ErrOutcomeUnknown
 	}
