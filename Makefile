@@ -11,7 +11,8 @@ KILLS         ?= 50
 LOCKS         ?= 1000000
 SEQUENCES     ?= 100000
 SEEDS         ?= 2000
-KILLS         ?= 200
+CRASHES       ?= 200
+RUNS          ?= 100
 RECORDS       ?= 1000
 FLIPS         ?= 2000
 
@@ -67,8 +68,12 @@ files: ## cut a log of RECORDS at every record, and flip FLIPS of its bits
 	$(GO) test ./internal/replica -v -run 'Prefix|NeverServed' -args -records $(RECORDS) -flips $(FLIPS)
 
 .PHONY: crashes
-crashes: ## kill the server KILLS times, at random and at its nth write or sync (needs strace)
-	$(GO) test ./internal/e2e -v -timeout 30m -run '^TestCrashes' -args -crashes $(KILLS) -first-crashes 4
+crashes: ## kill the server CRASHES times, at random and at its nth write or sync (needs strace)
+	$(GO) test ./internal/e2e -v -timeout 30m -run '^TestCrashes' -args -crashes $(CRASHES) -first-crashes 4
+
+.PHONY: linearizability
+linearizability: ## look for an order that explains RUNS histories of one node and of three under faults
+	$(GO) test ./internal/e2e -v -timeout 60m -run 'TestLinearizable|TestModel' -args -runs $(RUNS) -operations 5000
 
 .PHONY: mutants
 mutants: ## plant each known bug and see which layers catch it (MUTANTS=-gate: only the one that must)

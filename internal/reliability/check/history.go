@@ -16,9 +16,10 @@ type Kind uint8
 
 // What clients saw.
 const (
-	Asked      Kind = 1 + iota // an acquisition is sent for the first time: Request, Sent
+	Asked      Kind = 1 + iota // an acquisition is sent for the first time: Request, Sent, Forever
 	Acquired                   // its grant is acknowledged: Request, Lease, Token, Locks, Sent
 	Refused                    // it got a definite no: Request
+	Cancelling                 // its client no longer wants it: Request
 	Cancelled                  // its abandonment is acknowledged: Request
 	Gone                       // client Who ended, whatever it had asked for
 	Releasing                  // a release is sent for the first time: Token
@@ -71,7 +72,8 @@ type Event struct {
 	Locks   []string
 	Floors  []uint64 // of a grant, by lock
 	Shared  bool
-	Limit   int // of a shared hold; 0 for none
+	Forever bool // the wait has no bound
+	Limit   int  // of a shared hold; 0 for none
 	TTL     time.Duration
 	Sent    time.Duration
 	Until   time.Duration
@@ -115,7 +117,7 @@ func (h *History) Events() []Event {
 }
 
 var kindNames = map[Kind]string{
-	Asked: "asked", Acquired: "acquired", Refused: "refused", Cancelled: "cancelled", Gone: "gone",
+	Asked: "asked", Acquired: "acquired", Refused: "refused", Cancelling: "cancelling", Cancelled: "cancelled", Gone: "gone",
 	Releasing: "releasing", Released: "released", Revoked: "revoked", Renewed: "renewed", Believes: "believes",
 	Doubts: "doubts", Wrote: "wrote", Read: "read", Progressed: "progressed",
 	LeaseMade: "lease made", Touched: "touched", LeaseEnded: "lease ended", Queued: "queued", Granted: "granted",
@@ -139,6 +141,7 @@ func (e Event) String() string {
 	show("locks", e.Locks, e.Locks != nil)
 	show("floors", e.Floors, e.Floors != nil)
 	show("shared", e.Shared, e.Shared)
+	show("forever", e.Forever, e.Forever)
 	show("limit", e.Limit, e.Limit != 0)
 	show("ttl", e.TTL, e.TTL != 0)
 	show("sent", e.Sent, e.Sent != 0)

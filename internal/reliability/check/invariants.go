@@ -304,7 +304,8 @@ func NoLeaseEndsLate(h *History) []Violation {
 
 // QueuesAreFair is I6. Grants go to the head of each queue, and past none; a
 // request whose abandonment was acknowledged is not granted later; and every
-// request has a definite answer by the end, if its client lived.
+// request has a definite answer by the end, if its client lived. A waiter
+// without a bound leaves its queues by its client's word or its lease's end.
 func QueuesAreFair(h *History) []Violation {
 	v := &collector{name: "I6"}
 	queues := map[string][]uint64{}
@@ -314,6 +315,7 @@ func QueuesAreFair(h *History) []Violation {
 		}
 	}
 	cancelled := map[uint64]time.Duration{}
+	cancelling := map[uint64]bool{}
 	asked := map[uint64]Event{}
 	gone := map[int]bool{}
 	for _, e := range h.inOrder() {
@@ -328,8 +330,13 @@ func QueuesAreFair(h *History) []Violation {
 			for _, lock := range e.Locks {
 				queues[lock] = append(queues[lock], e.Request)
 			}
+		case Cancelling:
+			cancelling[e.Request] = true
 		case Left:
 			leave(e)
+			if a, ok := asked[e.Request]; ok && a.Forever && e.Cause == Cleanly && !cancelling[e.Request] && !gone[a.Who] {
+				v.add(e.At, "request %d of client %d left its queues, and would have waited for ever", e.Request, a.Who)
+			}
 		case Granted:
 			for _, lock := range e.Locks {
 				if q := queues[lock]; len(q) > 0 && q[0] != e.Request {

@@ -162,6 +162,11 @@ func TestBadHistories(t *testing.T) {
 		{"a waiter is forgotten", "I6", "never answered", func(l []Event) []Event {
 			return append(l, Event{At: 5 * s, Kind: Asked, Who: 5, Request: 5})
 		}},
+		{"a waiter is put out", "I6", "would have waited for ever", func(l []Event) []Event {
+			at(l, Asked, 2).Forever = true
+			at(l, Left, 0).Cause = Cleanly
+			return l
+		}},
 		{"a cancelled one is granted", "I6", "its abandonment was acknowledged", func(l []Event) []Event {
 			return append(l, Event{At: 20 * s, Kind: Granted, Request: 3, Token: 3, Locks: []string{"a"}})
 		}},

@@ -393,7 +393,7 @@ func (c *client) sharedLease() {
 func (c *client) acquire(w *want) (g lease.Grant, sent time.Duration, ok bool) {
 	who := c.who
 	began := c.w.time()
-	c.record(check.Event{Kind: check.Asked, Request: w.request, Sent: began})
+	c.record(check.Event{Kind: check.Asked, Request: w.request, Sent: began, Forever: w.wait == lease.WaitForever})
 	patience := time.Duration(-1)
 	if c.rng.IntN(6) == 0 {
 		patience = time.Duration(c.rng.IntN(1500)) * time.Millisecond
@@ -411,6 +411,7 @@ func (c *client) acquire(w *want) (g lease.Grant, sent time.Duration, ok bool) {
 		cause := lease.ErrDetached
 		if patience >= 0 && c.now()-start+attempt >= patience {
 			cause = context.Canceled
+			c.record(check.Event{Kind: check.Cancelling, Request: w.request})
 		}
 		sent = c.now()
 		truly := c.w.time()

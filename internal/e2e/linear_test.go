@@ -1,0 +1,334 @@
+package e2e
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/anishathalye/porcupine"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	pb "github.com/distlock/distlock/proto/distlock/v1"
+)
+
+var (
+	runs       = flag.Int("runs", 2, "histories that TestLinearizable checks, of one node and of three in turn")
+	operations = flag.Int("operations", 1000, "operations in each")
+)
+
+// A lock as a register of tokens: who holds it, and the last token granted.
+type lockState struct{ holder, last uint64 }
+
+type lockOp struct {
+	kind  string // "acquire", "release", "get", "check"
+	key   string
+	token uint64 // of release and check
+}
+
+type lockAnswer struct {
+	ok    bool   // granted, released, live
+	token uint64 // granted, or read
+}
+
+// lockModel is what a linearizable lock service does. Leases outlast the run,
+// so nothing expires.
+var lockModel = porcupine.Model{
+	Partition: func(history []porcupine.Operation) [][]porcupine.Operation {
+		byKey := map[string][]porcupine.Operation{}
+		var keys []string
+		for _, op := range history {
+			key := op.Input.(lockOp).key
+			if byKey[key] == nil {
+				keys = append(keys, key)
+			}
+			byKey[key] = append(byKey[key], op)
+		}
+		var list [][]porcupine.Operation
+		for _, key := range keys {
+			list = append(list, byKey[key])
+		}
+		return list
+	},
+	Init: func() any { return lockState{} },
+	Step: func(state, input, output any) (bool, any) {
+		s, in, out := state.(lockState), input.(lockOp), output.(lockAnswer)
+		switch in.kind {
+		case "acquire":
+			if !out.ok {
+				return s.holder != 0, s
+			}
+			return s.holder == 0 && out.token > s.last, lockState{out.token, out.token}
+		case "release":
+			return s.holder == in.token, lockState{0, s.last}
+		case "get":
+			return s.holder == out.token, s
+		default: // check
+			return out.ok == (s.holder == in.token), s
+		}
+	},
+	DescribeOperation: func(input, output any) string { return fmt.Sprintf("%+v -> %+v", input, output) },
+	DescribeState:     func(state any) string { return fmt.Sprintf("%+v", state) },
+}
+
+// TestModelTellsBadHistories: the model is not a rubber stamp.
+func TestModelTellsBadHistories(t *testing.T) {
+	op := func(call, ret int64, kind string, token uint64, ok bool, got uint64) porcupine.Operation {
+		return porcupine.Operation{Call: call, Return: ret, Input: lockOp{kind, "a", token}, Output: lockAnswer{ok, got}}
+	}
+	for name, c := range map[string]struct {
+		good    bool
+		history []porcupine.Operation
+	}{
+		"in turn":                  {true, []porcupine.Operation{op(1, 2, "acquire", 0, true, 1), op(3, 4, "release", 1, true, 0), op(5, 6, "acquire", 0, true, 2)}},
+		"two hold":                 {false, []porcupine.Operation{op(1, 2, "acquire", 0, true, 1), op(3, 4, "acquire", 0, true, 2)}},
+		"a token falls":            {false, []porcupine.Operation{op(1, 2, "acquire", 0, true, 5), op(3, 4, "release", 5, true, 0), op(5, 6, "acquire", 0, true, 4)}},
+		"a stale read":             {false, []porcupine.Operation{op(1, 2, "acquire", 0, true, 1), op(3, 4, "get", 0, false, 0)}},
+		"a read in the middle":     {true, []porcupine.Operation{op(1, 4, "acquire", 0, true, 1), op(2, 3, "get", 0, false, 0)}},
+		"refused by a free lock":   {false, []porcupine.Operation{op(1, 2, "acquire", 0, false, 0)}},
+		"live after its release":   {false, []porcupine.Operation{op(1, 2, "acquire", 0, true, 1), op(3, 4, "release", 1, true, 0), op(5, 6, "check", 1, true, 0)}},
+		"an acknowledged one lost": {false, []porcupine.Operation{op(1, 2, "acquire", 0, true, 1), op(3, 4, "get", 0, true, 0)}},
+	} {
+		want := porcupine.Illegal
+		if c.good {
+			want = porcupine.Ok
+		}
+		if got := porcupine.CheckOperationsTimeout(lockModel, c.history, time.Minute); got != want {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
+}
+
+// TestLinearizable has callers, eight a lock, take, release and read locks of
+// real processes while these are killed, stopped and cut off, and looks for an
+// order in which a single lock service would have answered the same.
+func TestLinearizable(t *testing.T) {
+	alone := startServer(t, "--data-dir", t.TempDir(), "--run-async")
+	var three *group
+	if *runs > 1 {
+		three = startGroup(t, 3, "--run-async")
+	}
+	total, faults := 0, map[string]int{}
+	for run := range *runs {
+		l := &linear{t: t, run: run, begin: time.Now(), rng: rand.New(rand.NewPCG(uint64(run), uint64(time.Now().UnixNano())))}
+		l.next.Store(uint64(time.Now().UnixNano()))
+		var fault func() string
+		if run%2 == 0 {
+			l.endpoints = []string{alone.address}
+			fault = func() string { return l.harmOne(alone) }
+		} else {
+			l.endpoints = three.endpoints()
+			fault = func() string { return l.harmThree(three) }
+		}
+		history := l.play(fault, faults)
+		total += len(history)
+		if t.Failed() {
+			return
+		}
+		switch got := porcupine.CheckOperationsTimeout(lockModel, history, 2*time.Minute); got {
+		case porcupine.Ok:
+		default: // Unknown is a failure too
+			t.Fatalf("run %d of %d operations: %v", run, len(history), got)
+		}
+	}
+	t.Logf("%d histories of %d operations in all, linearizable; faults: %v", *runs, total, faults)
+}
+
+// linear plays one history.
+type linear struct {
+	t         *testing.T
+	run       int
+	begin     time.Time
+	rng       *rand.Rand
+	endpoints []string
+	next      atomic.Uint64 // request id
+	done      atomic.Int64
+
+	mu      sync.Mutex
+	history []porcupine.Operation
+}
+
+// play runs the callers, and a fault now and then.
+func (l *linear) play(fault func() string, faults map[string]int) []porcupine.Operation {
+	const keys, callers = 4, 8
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	var group sync.WaitGroup
+	for n := range keys * callers {
+		group.Go(func() { l.caller(ctx, n, fmt.Sprintf("linear/%d/%d", l.run, n%keys)) })
+	}
+	stop := make(chan struct{})
+	harming := make(chan struct{})
+	go func() {
+		defer close(harming)
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(time.Duration(100+l.rng.IntN(500)) * time.Millisecond):
+				faults[fault()]++
+			}
+		}
+	}()
+	group.Wait()
+	close(stop)
+	<-harming
+	return l.history
+}
+
+func (l *linear) caller(ctx context.Context, n int, key string) {
+	rng := rand.New(rand.NewPCG(uint64(l.run), uint64(n)))
+	conns := make([]*grpc.ClientConn, len(l.endpoints))
+	for i, e := range l.endpoints {
+		conn, err := grpc.NewClient("passthrough:///"+e, grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			l.t.Error(err)
+			return
+		}
+		defer conn.Close()
+		conns[i] = conn
+	}
+	at := n % len(conns)
+	// try repeats a call until it is answered; attempts counts.
+	try := func(fn func(pb.LockServiceClient) error) (reason string, attempts int, err error) {
+		for {
+			attempts++
+			err := fn(pb.NewLockServiceClient(conns[at]))
+			if err == nil {
+				return "", attempts, nil
+			}
+			for _, d := range status.Convert(err).Details() {
+				if info, ok := d.(*errdetails.ErrorInfo); ok {
+					reason = info.GetReason()
+				}
+			}
+			if ctx.Err() != nil || status.Code(err) != codes.Unavailable {
+				return reason, attempts, err
+			}
+			at = (at + 1) % len(conns)
+			time.Sleep(time.Duration(5+rng.IntN(20)) * time.Millisecond)
+		}
+	}
+	add := func(call time.Time, in lockOp, out lockAnswer) {
+		l.done.Add(1)
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.history = append(l.history, porcupine.Operation{ClientId: n, Call: int64(call.Sub(l.begin)), Return: int64(time.Since(l.begin)), Input: in, Output: out})
+	}
+	var token, leaseID, last uint64
+	for l.done.Load() < int64(*operations) && ctx.Err() == nil {
+		call := time.Now()
+		switch k := rng.IntN(8); {
+		case token != 0 && k < 5:
+			_, _, err := try(func(s pb.LockServiceClient) error {
+				_, err := s.Release(ctx, &pb.ReleaseRequest{LeaseId: leaseID, Name: key, Token: token})
+				return err
+			})
+			if err != nil {
+				l.t.Errorf("run %d: release of token %d: %v", l.run, token, err)
+				return
+			}
+			add(call, lockOp{"release", key, token}, lockAnswer{ok: true})
+			last, token = token, 0
+		case token == 0 && k < 5:
+			id := l.next.Add(1)
+			var g *pb.Grant
+			reason, attempts, err := try(func(s pb.LockServiceClient) error {
+				resp, err := s.Acquire(ctx, &pb.AcquireRequest{RequestId: id & (1<<63 - 1), Names: []string{key}, Mode: pb.Mode_MODE_EXCLUSIVE, Ttl: durationpb.New(time.Hour)})
+				g = resp.GetGrant()
+				return err
+			})
+			switch {
+			case err == nil:
+				token, leaseID = g.GetToken(), g.GetLeaseId()
+				add(call, lockOp{"acquire", key, 0}, lockAnswer{true, token})
+			case reason == "LOCK_HELD":
+				add(call, lockOp{"acquire", key, 0}, lockAnswer{})
+			case reason == "REQUEST_ENDED" && attempts > 1:
+				// An attempt whose answer was lost was refused.
+			default:
+				l.t.Errorf("run %d: acquire: %v", l.run, err)
+				return
+			}
+		case k < 7:
+			var held uint64
+			if _, _, err := try(func(s pb.LockServiceClient) error {
+				resp, err := s.Get(ctx, &pb.GetRequest{Name: key})
+				held = 0
+				for _, h := range resp.GetLock().GetHolders() {
+					held = h.GetToken()
+				}
+				return err
+			}); err != nil {
+				l.t.Errorf("run %d: get: %v", l.run, err)
+				return
+			}
+			add(call, lockOp{"get", key, 0}, lockAnswer{token: held})
+		case max(token, last) != 0:
+			var live bool
+			if _, _, err := try(func(s pb.LockServiceClient) error {
+				resp, err := s.CheckToken(ctx, &pb.CheckTokenRequest{Name: key, Token: max(token, last)})
+				live = resp.GetLive()
+				return err
+			}); err != nil {
+				l.t.Errorf("run %d: check: %v", l.run, err)
+				return
+			}
+			add(call, lockOp{"check", key, max(token, last)}, lockAnswer{ok: live})
+		}
+	}
+	if ctx.Err() != nil {
+		l.t.Errorf("run %d: no end in sight after %d operations", l.run, l.done.Load())
+	}
+}
+
+func (l *linear) harmOne(s *server) string {
+	if l.rng.IntN(3) == 0 {
+		s.signal(syscall.SIGSTOP)
+		time.Sleep(time.Duration(l.rng.IntN(200)) * time.Millisecond)
+		s.signal(syscall.SIGCONT)
+		return "stopped, alone"
+	}
+	s.kill()
+	s.start()
+	return "killed, alone"
+}
+
+func (l *linear) harmThree(g *group) string {
+	m := g.leader()
+	switch l.rng.IntN(3) {
+	case 0:
+		m.kill()
+		time.Sleep(time.Duration(l.rng.IntN(300)) * time.Millisecond)
+		m.start()
+		return "leader killed"
+	case 1:
+		m.signal(syscall.SIGSTOP)
+		time.Sleep(time.Duration(l.rng.IntN(1500)) * time.Millisecond)
+		m.signal(syscall.SIGCONT)
+		return "leader stopped"
+	}
+	var ways []way
+	for _, o := range g.members {
+		if o != m {
+			ways = append(ways, way{m.id, o.id})
+			if l.rng.IntN(3) > 0 { // otherwise one way only
+				ways = append(ways, way{o.id, m.id})
+			}
+		}
+	}
+	g.net.set(true, ways...)
+	time.Sleep(time.Duration(300+l.rng.IntN(1500)) * time.Millisecond)
+	g.net.mend()
+	return "leader cut off"
+}
