@@ -52,7 +52,7 @@ func TestCrashes(t *testing.T) {
 	// strace counts the calls of each thread by itself, which decides how far
 	// into them a kill makes sense.
 	calls := []string{"pwrite64", "fsync", "write", "fdatasync"}
-	most := map[string]int{"pwrite64": 24, "fsync": 16, "fdatasync": 3, "write": 100}
+	most := map[string]int{"pwrite64": 24, "fsync": 4, "fdatasync": 16, "write": 100}
 	killed := map[string]int{}
 	for k := range *crashes {
 		if t.Failed() {
@@ -63,7 +63,7 @@ func TestCrashes(t *testing.T) {
 		case 0: // at random
 			c.srv.wrap = nil
 		case 3: // an error in place of the call
-			call = []string{"pwrite64", "fsync"}[rng.IntN(2)]
+			call = []string{"pwrite64", "fdatasync"}[rng.IntN(2)]
 			point = fmt.Sprintf("%s:error=%s:when=%d", call, []string{"EIO", "ENOSPC"}[rng.IntN(2)], 1+rng.IntN(most[call]))
 		default:
 			point = fmt.Sprintf("%s:signal=KILL:when=%d", call, 1+rng.IntN(most[call]))

@@ -95,7 +95,8 @@ func openWAL(cfg Config, logger hclog.Logger) (w *wal.WAL, err error) {
 		}
 	}()
 	if err = finishRotation(cfg); err == nil {
-		w, err = wal.Open(cfg.Dir, wal.WithLogger(logger), wal.WithSegmentSize(cfg.SegmentSize))
+		w, err = wal.Open(cfg.Dir, wal.WithLogger(logger), wal.WithSegmentSize(cfg.SegmentSize),
+			wal.WithSegmentFiler(segment.NewFiler(cfg.Dir, files{fs.New()})))
 	}
 	switch {
 	case err == nil:
