@@ -13,6 +13,7 @@ SEQUENCES     ?= 100000
 SEEDS         ?= 2000
 CRASHES       ?= 200
 RUNS          ?= 100
+FAULTS        ?= 100
 RECORDS       ?= 1000
 FLIPS         ?= 2000
 
@@ -70,6 +71,10 @@ files: ## cut a log of RECORDS at every record, and flip FLIPS of its bits
 .PHONY: crashes
 crashes: ## kill the server CRASHES times, at random and at its nth write or sync (needs strace)
 	$(GO) test ./internal/e2e -v -timeout 30m -run '^TestCrashes' -args -crashes $(CRASHES) -first-crashes 4
+
+.PHONY: pauses
+pauses: ## stop servers and clients and harm their network, FAULTS times in each way
+	$(GO) test ./internal/e2e -v -timeout 60m -run TestPausesAndPartitions -args -faults $(FAULTS)
 
 .PHONY: linearizability
 linearizability: ## look for an order that explains RUNS histories of one node and of three under faults
