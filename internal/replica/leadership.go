@@ -36,7 +36,9 @@ func (r *Replica) watch() {
 				state = told
 			} else if err := r.raft.Barrier(0).Error(); err == nil && r.raft.CurrentTerm() == term && r.raft.State() == raft.Leader && !r.stalled.Load() {
 				state = lease.Leadership{Leader: true, Term: term}
-				r.commit(r.configuration()) // all before the barrier is
+				if c := r.configuration(); c.index <= r.raft.CommitIndex() { // all before the barrier is
+					r.commit(c)
+				}
 			} else {
 				again = time.After(20 * time.Millisecond)
 			}

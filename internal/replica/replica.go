@@ -138,6 +138,7 @@ type Replica struct {
 	suspects     chan struct{} // buffered, one: this node may have been removed
 	members      sync.Mutex    // held while the membership is being changed
 	saving       sync.Mutex    // held while identity.json is written
+	proposing    sync.RWMutex  // held to propose, and by Close to end that
 
 	mu        sync.Mutex
 	id        identity
@@ -443,35 +444,23 @@ func (r *Replica) AppliedIndex() uint64 { return r.raft.AppliedIndex() }
 
 // Propose implements lease.Log.
 func (r *Replica) Propose(batch machine.Batch, done func(machine.Outcome, error)) {
-	if r.Err() != nil {
+	entry := machine.AppendBatch(nil, &batch)
+	r.proposing.RLock()
+	defer r.proposing.RUnlock()
+	select {
+	case <-r.closing:
 		done(machine.Outcome{}, lease.ErrNotLeader)
 		return
+	default:
 	}
-	future := r.raft.Apply(machine.AppendBatch(nil, &batch), 0)
-	select {
-	case r.futures <- inFlight{future, done}:
-	case <-r.closing:
-		done(machine.Outcome{}, lease.ErrOutcomeUnknown)
-	}
+	r.futures <- inFlight{r.raft.Apply(entry, 0), done} // answer takes it
 }
 
 // answer waits for what is in flight, in order, and tells its proposer.
 func (r *Replica) answer() {
 	defer r.group.Done()
-	for {
-		select {
-		case f := <-r.futures:
-			f.done(result(f.future))
-		case <-r.closing:
-			for {
-				select {
-				case f := <-r.futures:
-					f.done(result(f.future))
-				default:
-					return
-				}
-			}
-		}
+	for f := range r.futures {
+		f.done(result(f.future))
 	}
 }
 
@@ -533,9 +522,11 @@ func (r *Replica) fail(err error) {
 
 // Close implements lease.Log.
 func (r *Replica) Close() error {
+	r.proposing.Lock() // nobody is between looking at closed and handing over
 	r.mu.Lock()
 	if r.closed {
 		r.mu.Unlock()
+		r.proposing.Unlock()
 		return nil
 	}
 	r.closed = true
@@ -543,11 +534,31 @@ func (r *Replica) Close() error {
 		close(r.closing)
 	}
 	r.mu.Unlock()
+	close(r.futures)
+	r.proposing.Unlock()
+	if r.peers != nil {
+		r.peers.cancel()
+	}
+	// What has been handed to raft is answered while raft runs: what it has
+	// not looked at when it is shut down would never be.
+	ended := make(chan struct{})
+	go func() {
+		r.group.Wait()
+		close(ended)
+	}()
+	select {
+	case <-ended:
+	case <-time.After(closeWithin): // the disk hangs, most likely
+	}
 	if r.peers != nil {
 		r.peers.stop()
 	}
 	err := r.raft.Shutdown().Error()
-	r.group.Wait()
+	select {
+	case <-ended:
+	case <-time.After(closeWithin):
+		err = errors.Join(err, errors.New("the log did not answer for all that it was given"))
+	}
 	r.setLeader(func(l *leader) { *l = leader{} })
 	r.endLed()
 	if r.peers != nil {
@@ -555,3 +566,6 @@ func (r *Replica) Close() error {
 	}
 	return errors.Join(err, r.disk.close(), r.lock.Close())
 }
+
+// closeWithin bounds how long Close waits for a disk.
+const closeWithin = 5 * time.Second

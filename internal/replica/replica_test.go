@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -523,5 +525,62 @@ func BenchmarkRestart(b *testing.B) {
 				open(b, Config{Dir: dir}).Close()
 			}
 		})
+	}
+}
+
+// TestCloseAnswersEverything: raft forgets what it has been handed and not
+// looked at when it is shut down; nobody may wait for that.
+func TestCloseAnswersEverything(t *testing.T) {
+	dir := t.TempDir()
+	for round := range 8 {
+		r := open(t, Config{Dir: dir})
+		var asked, answered atomic.Int64
+		var group sync.WaitGroup
+		for range 4 {
+			group.Add(1)
+			go func() {
+				defer group.Done()
+				for asked.Add(1); ; asked.Add(1) {
+					var stop bool
+					done := make(chan struct{})
+					r.Propose(machine.Batch{Commands: []machine.Command{&machine.Forget{}}}, func(_ machine.Outcome, err error) {
+						answered.Add(1)
+						stop = err != nil
+						close(done)
+					})
+					if <-done; stop {
+						return
+					}
+				}
+			}()
+		}
+		for asked.Load() < int64(20+round) {
+			runtime.Gosched()
+		}
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+		group.Wait()
+		if asked.Load() != answered.Load() {
+			t.Fatalf("%d proposals, %d answers", asked.Load(), answered.Load())
+		}
+	}
+}
+
+// TestCloseRightAfterLeading: a new leader's first acts are in raft's hands
+// when it is closed.
+func TestCloseRightAfterLeading(t *testing.T) {
+	for range 60 {
+		r := open(t, Config{Dir: t.TempDir()})
+		closed := make(chan error, 1)
+		go func() { closed <- r.Close() }()
+		select {
+		case err := <-closed:
+			if err != nil {
+				t.Fatal(err)
+			}
+		case <-time.After(30 * time.Second):
+			t.Fatal("Close does not return")
+		}
 	}
 }

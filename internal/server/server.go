@@ -332,8 +332,19 @@ func (s *Server) Run(ctx context.Context) error {
 		}()
 		go func() {
 			defer group.Done()
-			if _, _, err := s.replica.Leader(loop); err == nil {
-				s.transport.SetServing(true)
+			for ctx.Err() == nil {
+				_, led, err := s.replica.Leader(loop)
+				if err != nil {
+					return
+				}
+				s.transport.SetServing(ctx.Err() == nil)
+				select {
+				case <-led.Done():
+					s.transport.SetServing(false)
+				case <-ctx.Done():
+				case <-loop.Done():
+					return
+				}
 			}
 		}()
 		go func() {
