@@ -84,10 +84,14 @@ linearizability: ## look for an order that explains RUNS histories of one node a
 mutants: ## plant each known bug and see which layers catch it (MUTANTS=-gate: only the one that must)
 	$(GO) run ./internal/reliability/mutants $(MUTANTS)
 
-.PHONY: fuzz
-fuzz: ## fuzz every decoder and validator for FUZZTIME each
+.PHONY: fuzz fuzz-batch fuzz-snapshot fuzz-requests
+fuzz: ## fuzz every decoder and validator for FUZZTIME each, at once
+	$(MAKE) -j fuzz-batch fuzz-snapshot fuzz-requests
+fuzz-batch:
 	$(GO) test -run '^$$' -fuzz '^FuzzDecodeBatch$$' -fuzztime $(FUZZTIME) ./lease/machine
+fuzz-snapshot:
 	$(GO) test -run '^$$' -fuzz '^FuzzRestore$$' -fuzztime $(FUZZTIME) ./lease/machine
+fuzz-requests:
 	$(GO) test -run '^$$' -fuzz '^FuzzRequests$$' -fuzztime $(FUZZTIME) ./transport
 
 .PHONY: expiry
