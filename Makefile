@@ -14,6 +14,7 @@ SEEDS         ?= 2000
 CRASHES       ?= 200
 RUNS          ?= 100
 FAULTS        ?= 100
+DURATION      ?= 10m
 RECORDS       ?= 1000
 FLIPS         ?= 2000
 
@@ -62,7 +63,7 @@ oracle: ## run SEQUENCES random sequences against the machine and its oracle
 
 .PHONY: sim
 sim: ## simulate SEEDS clusters under faults, in virtual time
-	bash -o pipefail -c "$(GO) test ./internal/reliability/sim -v -run TestSeeds -args -seeds $(SEEDS) | grep -v '^ *--- PASS\|^=== '"
+	bash -o pipefail -c "$(GO) test ./internal/reliability/sim -v -run 'TestSeeds|TestNobodyStarves' -args -seeds $(SEEDS) -handoffs 1000000 | grep -v '^ *--- PASS\|^=== '"
 
 .PHONY: files
 files: ## cut a log of RECORDS at every record, and flip FLIPS of its bits
@@ -71,6 +72,10 @@ files: ## cut a log of RECORDS at every record, and flip FLIPS of its bits
 .PHONY: crashes
 crashes: ## kill the server CRASHES times, at random and at its nth write or sync (needs strace)
 	$(GO) test ./internal/e2e -v -timeout 30m -run '^TestCrashes' -args -crashes $(CRASHES) -first-crashes 4
+
+.PHONY: soak
+soak: ## work a server for DURATION and watch its heap, goroutines, files and disk
+	$(GO) test ./internal/e2e -v -timeout 0 -run TestSoak -args -soak $(DURATION)
 
 .PHONY: pauses
 pauses: ## stop servers and clients and harm their network, FAULTS times in each way
