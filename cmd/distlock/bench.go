@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -51,7 +52,10 @@ func benchCommand() *cobra.Command {
 			if _, err := r.dial(); err != nil { // the flags are right?
 				return err
 			}
-			f.Endpoint, f.Echo, f.Progress = r.endpoints[0], !noEcho, cmd.ErrOrStderr()
+			f.Endpoint, f.Progress = r.endpoints[0], cmd.ErrOrStderr()
+			if self, err := os.Executable(); err == nil && !noEcho {
+				f.Echo = []string{self, "bench", "echo-server"}
+			}
 			results, err := bench.Run(cmd.Context(), *f)
 			if err != nil {
 				return err
@@ -60,7 +64,7 @@ func benchCommand() *cobra.Command {
 		},
 	}
 	var long strings.Builder
-	fmt.Fprint(&long, "Measure a server under load, beside a bare gRPC echo in this process, in one of\nthese modes (the first unless another is named):\n\n")
+	fmt.Fprint(&long, "Measure a server under load, beside a pair of bare gRPC echoes to a process\nthat does nothing else, in one of these modes (the first unless another is\nnamed):\n\n")
 	for _, m := range bench.Modes {
 		fmt.Fprintf(&long, "  %-12s %s\n", m[0], m[1])
 	}
@@ -77,6 +81,10 @@ func benchCommand() *cobra.Command {
 	flags.DurationVar(&f.Every, "every", 20*time.Second, "time between a lease's renewals")
 	flags.BoolVar(&noEcho, "no-echo", false, "leave out the echo")
 	flags.StringVar(&f.Metrics, "metrics", "", "URL of the server's metrics, for its CPU and memory")
+	cmd.AddCommand(&cobra.Command{
+		Use: "echo-server", Hidden: true, Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return bench.ServeEcho(cmd.Context(), cmd.OutOrStdout()) },
+	})
 	return r.addOutput(cmd)
 }
 

@@ -1,5 +1,5 @@
 // Package bench is the load generator of `distlock bench`: it drives a server
-// in one of several ways, beside a bare gRPC echo in its own process, and tells
+// in one of several ways, beside a bare gRPC echo of its own, and tells
 // rates, latencies and what the server used meanwhile.
 package bench
 
@@ -46,7 +46,9 @@ type Config struct {
 	Leases   int           // of KeepAlive and Expiry
 	TTL      time.Duration // of KeepAlive's leases
 	Every    time.Duration // how often KeepAlive renews each
-	Echo     bool          // measure the bare echo first
+	// Echo is the command line of a process that runs ServeEcho, to measure
+	// the bare echo first; none for not.
+	Echo []string
 	// Metrics is the URL of the server's metrics, for its CPU and memory.
 	Metrics  string
 	Progress io.Writer
@@ -60,8 +62,8 @@ type Result struct {
 	Seconds     float64 `json:"seconds"`
 	Operations  int64   `json:"operations"`
 	PerSecond   float64 `json:"perSecond"`
-	// OfEcho is PerSecond as a ratio to that of a bare unary echo, and
-	// OfStreamEcho to that of one batched on streams, of the same run.
+	// OfEcho is PerSecond as a ratio to that of a pair of bare unary echoes,
+	// and OfStreamEcho to that of a pair batched on streams, of the same run.
 	OfEcho       float64 `json:"ofEcho,omitempty"`
 	OfStreamEcho float64 `json:"ofStreamEcho,omitempty"`
 	MeanMicros   float64 `json:"meanMicros"`
@@ -99,7 +101,7 @@ func Run(ctx context.Context, cfg Config) ([]Result, error) {
 	}
 	var results []Result
 	var unary, stream Result
-	if cfg.Echo {
+	if len(cfg.Echo) > 0 {
 		if unary, stream, err = b.echoes(ctx); err != nil {
 			return nil, err
 		}

@@ -1,8 +1,13 @@
 package bench
 
 import (
+	"bufio"
 	"context"
+	"fmt"
+	"io"
 	"net"
+	"os/exec"
+	"strings"
 	"sync"
 
 	"google.golang.org/grpc"
@@ -39,24 +44,54 @@ func (echoServer) Multiplex(s grpc.BidiStreamingServer[pb.MultiplexRequest, pb.M
 	}
 }
 
-// echoes measures a bare unary call, and one that shares a stream per
-// connection with others, in this process.
-func (b *bench) echoes(ctx context.Context) (unary, stream Result, err error) {
+// ServeEcho serves the echo on a free port, which it writes to out, until ctx
+// ends.
+func ServeEcho(ctx context.Context, out io.Writer) error {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
-		return unary, stream, err
+		return err
 	}
 	s := grpc.NewServer()
 	pb.RegisterLockServiceServer(s, echoServer{})
 	pb.RegisterStreamServiceServer(s, echoServer{})
-	go s.Serve(l)
-	defer s.Stop()
-	var calls []pb.LockServiceClient
-	var streams []*echoStream
+	defer context.AfterFunc(ctx, s.Stop)()
+	if _, err := fmt.Fprintln(out, l.Addr()); err != nil {
+		return err
+	}
+	return s.Serve(l)
+}
+
+// startEcho starts a process that serves the echo, as a server would be one.
+func (b *bench) startEcho(ctx context.Context) (address string, err error) {
+	cmd := exec.CommandContext(ctx, b.Echo[0], b.Echo[1:]...)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return "", err
+	}
+	if err := cmd.Start(); err != nil {
+		return "", fmt.Errorf("the echo: %w", err)
+	}
+	context.AfterFunc(ctx, func() { cmd.Wait() })
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil {
+		return "", fmt.Errorf("the echo: %w", err)
+	}
+	return strings.TrimSpace(line), nil
+}
+
+// echoes measures a pair of bare unary calls, as an acquisition and its release
+// are a pair, and one that shares a stream per connection with others.
+func (b *bench) echoes(ctx context.Context) (unary, stream Result, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	address, err := b.startEcho(ctx)
+	if err != nil {
+		return unary, stream, err
+	}
+	var calls []pb.LockServiceClient
+	var streams []*echoStream
 	for range b.Connections {
-		conn, err := grpc.NewClient("passthrough:///"+l.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+		conn, err := grpc.NewClient("passthrough:///"+address, grpc.WithTransportCredentials(insecure.NewCredentials()))
 		if err != nil {
 			return unary, stream, err
 		}
@@ -74,15 +109,22 @@ func (b *bench) echoes(ctx context.Context) (unary, stream Result, err error) {
 	quick := *b
 	quick.Metrics = "" // of another process
 	release := func() *pb.ReleaseRequest { return &pb.ReleaseRequest{LeaseId: 123456, Token: 123456} }
-	unary, err = quick.measure(ctx, "bare echo, unary", func(ctx context.Context, worker int) error {
+	unary, err = quick.measure(ctx, "pair of bare echoes, unary", func(ctx context.Context, worker int) error {
 		_, err := calls[worker%len(calls)].Release(ctx, release())
+		if err == nil {
+			_, err = calls[worker%len(calls)].Release(ctx, release())
+		}
 		return err
 	})
 	if err != nil {
 		return unary, stream, err
 	}
-	stream, err = quick.measure(ctx, "bare echo, stream", func(ctx context.Context, worker int) error {
-		return streams[worker%len(streams)].do(ctx, release())
+	stream, err = quick.measure(ctx, "pair of bare echoes, stream", func(ctx context.Context, worker int) error {
+		err := streams[worker%len(streams)].do(ctx, release())
+		if err == nil {
+			err = streams[worker%len(streams)].do(ctx, release())
+		}
+		return err
 	})
 	return unary, stream, err
 }

@@ -13,6 +13,7 @@ import (
 type usage struct {
 	cpu            float64 // seconds
 	resident, heap float64 // bytes
+	live           float64 // of the heap, at the last collection
 	known          bool
 }
 
@@ -46,6 +47,8 @@ func (b *bench) server(ctx context.Context) (u usage) {
 			u.resident = value
 		case "go_memstats_heap_alloc_bytes":
 			u.heap = value
+		case "go_gc_heap_live_bytes":
+			u.live = value
 		}
 	}
 	return u

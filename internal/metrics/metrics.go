@@ -6,6 +6,7 @@ package metrics
 import (
 	"net/http"
 	"net/http/pprof"
+	"regexp"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -49,7 +50,8 @@ func New(version string, status func() Status) *Metrics {
 		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "distlock_refused_total", Help: "Requests refused, by reason."}, []string{"reason"}),
 	}
 	m.registry.MustRegister(m.grants, m.waits, m.expiries, m.batches, m.commits, m.syncs, m.refusals,
-		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+		collectors.NewGoCollector(collectors.WithGoCollectorRuntimeMetrics(collectors.GoRuntimeMetricsRule{Matcher: regexp.MustCompile("^/gc/heap/live:bytes$")})),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		&gauges{status: status, list: []gauge{
 			{desc("leader", "1 while this node leads."), func(s *Status) float64 {
 				if s.Leader {
