@@ -174,7 +174,9 @@ func (c *Client) acquire(ctx context.Context, names []string, o *acquireOptions,
 				defer cancel()
 			}
 		}
-		sent = c.now()
+		if sent = began; tried {
+			sent = c.now()
+		}
 		var err error
 		resp, err = c.acquireOn(ctx, conn, req)
 		if err != nil && tried && toError(err).Reason == "REQUEST_ENDED" && lease == nil && o.leaseID == 0 {
@@ -281,10 +283,13 @@ func (c *Client) granted(ctx context.Context, g *pb.Grant, o *acquireOptions, le
 		return l, nil
 	}
 	l.renewed = true
+	// Lock and lease end together: one context serves both.
+	s.locks = []*Lock{l}
+	l.session = s
 	if err := c.keep(ctx, s, sent); err != nil {
 		return nil, err
 	}
-	return l, c.join(l, s)
+	return l, nil
 }
 
 func isDeadline(err error) bool {

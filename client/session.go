@@ -37,10 +37,13 @@ func margin(ttl time.Duration) time.Duration { return ttl/100 + min(10*time.Mill
 // deadline is when to stop believing in the lease, on the client's timeline.
 func (s *session) deadline() time.Duration { return s.sent + s.ttl - margin(s.ttl) }
 
-// keep begins to keep a lease alive.
+// keep begins to keep a lease alive, and locks that were granted with it.
 func (c *Client) keep(parent context.Context, s *session, sent time.Duration) error {
 	s.sent, s.next = sent, sent+s.ttl/3
 	s.ctx, s.cancel = context.WithCancelCause(context.WithoutCancel(parent))
+	for _, l := range s.locks {
+		l.ctx, l.cancel = s.ctx, s.cancel
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
