@@ -89,15 +89,14 @@ linearizability: ## look for an order that explains RUNS histories of one node a
 mutants: ## plant each known bug and see which layers catch it (MUTANTS=-gate: only the one that must)
 	$(GO) run ./internal/reliability/mutants $(MUTANTS)
 
-.PHONY: fuzz fuzz-batch fuzz-snapshot fuzz-requests
+FUZZERS := lease/machine:FuzzDecodeBatch lease/machine:FuzzRestore transport:FuzzAcquireRequest transport:FuzzRequests \
+	internal/replica:FuzzUnseal internal/replica:FuzzEntry internal/replica:FuzzSnapshot
+
+.PHONY: fuzz $(FUZZERS:%=fuzz-%)
 fuzz: ## fuzz every decoder and validator for FUZZTIME each, at once
-	$(MAKE) -j fuzz-batch fuzz-snapshot fuzz-requests
-fuzz-batch:
-	$(GO) test -run '^$$' -fuzz '^FuzzDecodeBatch$$' -fuzztime $(FUZZTIME) ./lease/machine
-fuzz-snapshot:
-	$(GO) test -run '^$$' -fuzz '^FuzzRestore$$' -fuzztime $(FUZZTIME) ./lease/machine
-fuzz-requests:
-	$(GO) test -run '^$$' -fuzz '^FuzzRequests$$' -fuzztime $(FUZZTIME) ./transport
+	$(MAKE) -j $(FUZZERS:%=fuzz-%)
+$(FUZZERS:%=fuzz-%): fuzz-%:
+	$(GO) test -run '^$$' -fuzz '^$(lastword $(subst :, ,$*))$$' -fuzztime $(FUZZTIME) ./$(firstword $(subst :, ,$*))
 
 .PHONY: expiry
 expiry: ## let LEASES leases expire and print the lag

@@ -21,8 +21,8 @@ func TestMutantsCanBePlanted(t *testing.T) {
 			t.Errorf("%s is there twice", m.name)
 		}
 		seen[m.name] = true
-		if !slices.ContainsFunc(layers, func(l layer) bool { return l.name == m.by }) {
-			t.Errorf("%s: there is no layer %q", m.name, m.by)
+		if !slices.ContainsFunc(layers, func(l layer) bool { return l.name == m.by && l.runs(m.file) }) {
+			t.Errorf("%s: there is no layer %q that runs %s", m.name, m.by, m.file)
 		}
 	}
 }
