@@ -89,14 +89,15 @@ linearizability: ## look for an order that explains RUNS histories of one node a
 mutants: ## plant each known bug and see which layers catch it (MUTANTS=-gate: only the one that must)
 	$(GO) run ./internal/reliability/mutants $(MUTANTS)
 
-FUZZERS := lease/machine:FuzzDecodeBatch lease/machine:FuzzRestore transport:FuzzAcquireRequest transport:FuzzRequests \
-	internal/replica:FuzzUnseal internal/replica:FuzzEntry internal/replica:FuzzSnapshot
+# Each is package@fuzzer.
+FUZZERS := lease/machine@FuzzDecodeBatch lease/machine@FuzzRestore transport@FuzzAcquireRequest transport@FuzzRequests \
+	internal/replica@FuzzUnseal internal/replica@FuzzEntry internal/replica@FuzzSnapshot
 
-.PHONY: fuzz $(FUZZERS:%=fuzz-%)
+.PHONY: fuzz $(FUZZERS)
 fuzz: ## fuzz every decoder and validator for FUZZTIME each, at once
-	$(MAKE) -j $(FUZZERS:%=fuzz-%)
-$(FUZZERS:%=fuzz-%): fuzz-%:
-	$(GO) test -run '^$$' -fuzz '^$(lastword $(subst :, ,$*))$$' -fuzztime $(FUZZTIME) ./$(firstword $(subst :, ,$*))
+	$(MAKE) -j $(FUZZERS)
+$(FUZZERS):
+	$(GO) test -run '^$$' -fuzz '^$(lastword $(subst @, ,$@))$$' -fuzztime $(FUZZTIME) ./$(firstword $(subst @, ,$@))
 
 .PHONY: expiry
 expiry: ## let LEASES leases expire and print the lag
