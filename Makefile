@@ -18,6 +18,14 @@ DURATION      ?= 10m
 RECORDS       ?= 1000
 FLIPS         ?= 2000
 
+BENCHSTAT     := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4da
+BENCH         ?= .
+BENCHED       ?= ./lease/... ./transport ./internal/replica
+COUNT         ?= 6
+# What to compare with: the last commit, or the one before where nothing has changed since.
+BASE          ?= $(shell git diff --quiet HEAD && echo HEAD~1 || echo HEAD)
+SCALE         ?= 1000000
+
 .PHONY: help
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-16s %s\n", $$1, $$2}'
@@ -112,5 +120,17 @@ many: ## hold LOCKS locks through snapshots, a restart and the end of all leases
 	$(GO) test -run 'TestManyLocks|TestMassExpiry' -v -timeout 60m ./internal/e2e -args -held $(LOCKS)
 
 .PHONY: bench
-bench: ## run the Go benchmarks
-	$(GO) test -run '^$$' -bench . -benchmem ./...
+bench: ## run the Go benchmarks matching BENCH here and at BASE, and compare them
+	rm -rf .bench && mkdir .bench && git worktree prune && git worktree add --detach .bench/base $(BASE)
+	cd .bench/base && $(GO) test -run '^$$' -bench '$(BENCH)' -benchmem -count $(COUNT) $(BENCHED) | tee ../before.txt
+	$(GO) test -run '^$$' -bench '$(BENCH)' -benchmem -count $(COUNT) $(BENCHED) | tee .bench/after.txt
+	git worktree remove --force .bench/base
+	$(GO) run $(BENCHSTAT) .bench/before.txt .bench/after.txt
+
+.PHONY: scale
+scale: build ## keep SCALE leases with a lock each alive from 100 connections; the cost of a lock among many
+	$(GO) test -run '^$$' -bench AcquireRelease -benchmem ./lease/machine
+	dir=$$(mktemp -d); ./distlock --run-async --data-dir $$dir --port 50151 --metrics-address localhost:50152 & pid=$$!; sleep 1; \
+	  ./distlock bench keepalive --no-echo --endpoints localhost:50151 --metrics http://localhost:50152/metrics \
+	    --leases $(SCALE) --connections 100 --ttl 30s --every 20s --duration 60s; \
+	  code=$$?; kill $$pid; wait $$pid; rm -rf $$dir; exit $$code

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -183,8 +184,18 @@ func (b *bench) make(ctx context.Context, streams []multiplexClient, ttl func(i 
 			n := b.share(b.Leases, c)
 			m := &made{rpc: rpc, ids: make([]uint64, n), asked: make([]time.Time, n), heard: make([]time.Time, n), tokens: make([]uint64, n)}
 			list[c] = m
+			renewed := time.Now()
 			for at := 0; at < n && errs[c] == nil; at += 500 {
 				errs[c] = m.chunk(b, c, at, min(at+500, n), ttl, &count)
+				// What is made first must live until the last is made.
+				if b.Mode == KeepAlive && errs[c] == nil && time.Since(renewed) > b.Every/4 {
+					renewed = time.Now()
+					for ids := range slices.Chunk(m.ids[:min(at+500, n)], 10_000) {
+						if _, err := m.ask(1, ids); err != nil {
+							errs[c] = err
+						}
+					}
+				}
 			}
 		}()
 	}
@@ -340,33 +351,42 @@ func (m *made) renew(every time.Duration, h *hdrhistogram.Histogram, renewed, lo
 			return nil
 		}
 		asked := time.Now()
-		if err := m.rpc.Send(&pb.MultiplexRequest{Operations: []*pb.Operation{
-			{Id: id, Call: &pb.Operation_KeepAlive{KeepAlive: &pb.KeepAliveRequest{LeaseIds: ids}}},
-		}}); err != nil {
+		gone, err := m.ask(id, ids)
+		if err != nil {
 			return err
 		}
-		for heard := false; !heard; {
-			in, err := m.rpc.Recv()
-			if err != nil {
-				return err
-			}
-			for _, a := range in.GetAnswers() {
-				if f := a.GetFailure(); f != nil {
-					return failure(f)
-				}
-				heard = true
-				record(h, time.Since(asked))
-				for _, r := range a.GetKeepAlive().GetResults() {
-					if r.GetProblem() != nil {
-						lost.Add(1)
-					}
-				}
-				renewed.Add(int64(len(ids)))
-			}
-		}
+		record(h, time.Since(asked))
+		lost.Add(gone)
+		renewed.Add(int64(len(ids)))
 		<-tick.C
 	}
 	return nil
+}
+
+// ask renews leases, in one message, and tells how many are gone.
+func (m *made) ask(id uint64, ids []uint64) (gone int64, err error) {
+	if err := m.rpc.Send(&pb.MultiplexRequest{Operations: []*pb.Operation{
+		{Id: id, Call: &pb.Operation_KeepAlive{KeepAlive: &pb.KeepAliveRequest{LeaseIds: ids}}},
+	}}); err != nil {
+		return 0, err
+	}
+	for {
+		in, err := m.rpc.Recv()
+		if err != nil {
+			return 0, err
+		}
+		for _, a := range in.GetAnswers() {
+			if f := a.GetFailure(); f != nil {
+				return 0, failure(f)
+			}
+			for _, r := range a.GetKeepAlive().GetResults() {
+				if r.GetProblem() != nil {
+					gone++
+				}
+			}
+			return gone, nil
+		}
+	}
 }
 
 // expiry makes leases of 2 to 5 s and lets them end. The lag is from when the

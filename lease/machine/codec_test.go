@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"runtime"
+	"strings"
 	"testing"
 
 	"github.com/distlock/distlock/fence"
@@ -177,7 +179,7 @@ func TestTokensEndBelowTwoToThe53(t *testing.T) {
 }
 
 func BenchmarkAcquireRelease(b *testing.B) {
-	for _, locks := range []int{1_000, 100_000, 1_000_000} {
+	for _, locks := range []int{1_000, 10_000, 100_000, 1_000_000} {
 		b.Run(fmt.Sprint(locks), func(b *testing.B) {
 			m := New(0)
 			for i := range locks {
@@ -193,4 +195,77 @@ func BenchmarkAcquireRelease(b *testing.B) {
 			}
 		})
 	}
+}
+
+// batchOf is a batch as the manager makes them under load.
+func batchOf(n int) Batch {
+	b := Batch{Stamp: 1_800_000_000_000_000_000}
+	for i := range n {
+		if i%2 == 0 {
+			b.Commands = append(b.Commands, &Acquire{
+				Request: RequestID(i*7919 + 1), Names: []string{fmt.Sprintf("orders/%d", i)}, Mode: Exclusive, Wait: true,
+				TTL: 30_000_000_000, Owner: "host:12345",
+			})
+		} else {
+			b.Commands = append(b.Commands, &Release{Lease: LeaseID(i), Name: fmt.Sprintf("orders/%d", i), Token: fence.Token(i)})
+		}
+	}
+	return b
+}
+
+func BenchmarkEncodeBatch(b *testing.B) {
+	batch := batchOf(64)
+	b.ReportAllocs()
+	var text []byte
+	for b.Loop() {
+		text = AppendBatch(nil, &batch)
+	}
+	b.ReportMetric(float64(len(text))/64, "B/command")
+}
+
+func BenchmarkDecodeBatch(b *testing.B) {
+	batch := batchOf(64)
+	text := AppendBatch(nil, &batch)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := DecodeBatch(text); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkSnapshot writes 100,000 leases with a lock each.
+func BenchmarkSnapshot(b *testing.B) {
+	m := New(0)
+	for i := range 100_000 {
+		m.Apply(Batch{Commands: []Command{&Acquire{Request: RequestID(i + 1), Names: []string{fmt.Sprintf("lock/%d", i)}, Mode: Exclusive, TTL: 1}}})
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		m.Copy().Snapshot(func([]byte) error { return nil })
+	}
+}
+
+// BenchmarkHeld tells what the machine keeps for a lease with one lock.
+func BenchmarkHeld(b *testing.B) {
+	const n = 100_000
+	var before, after runtime.MemStats
+	for b.Loop() {
+		runtime.GC()
+		runtime.ReadMemStats(&before)
+		m := New(0)
+		for i := 0; i < n; i += 100 {
+			var batch Batch
+			for j := i; j < i+100; j++ {
+				batch.Commands = append(batch.Commands, &Acquire{
+					Request: RequestID(j*7919 + 1), Names: []string{fmt.Sprintf("bench/123456/%d", j)}, Mode: Exclusive, TTL: 1, Owner: strings.Clone("bench"),
+				})
+			}
+			m.Apply(batch)
+		}
+		runtime.GC()
+		runtime.ReadMemStats(&after)
+		runtime.KeepAlive(m)
+	}
+	b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/n, "B/lease")
 }
