@@ -16,6 +16,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync"
 	"testing"
@@ -188,6 +189,10 @@ func (c *cluster) same(leader *node) {
 		eventually(c.t, id+" has applied what "+leader.nodeID+" has", func() bool {
 			return n.AppliedIndex() >= leader.raft.LastIndex() && bytes.Equal(n.bytes(), leader.bytes())
 		})
+		ours, theirs := n.configuration(), n.raft.GetConfiguration().Configuration()
+		if ours.index == 0 || !reflect.DeepEqual(ours.servers, theirs) {
+			c.t.Errorf("%s takes %+v for the latest configuration, raft %+v", id, ours, theirs)
+		}
 	}
 }
 
@@ -568,6 +573,37 @@ func TestRemovedNodeStops(t *testing.T) {
 	}
 	c.stop(again)
 	acquire(t, c.leader().Replica, 1)
+}
+
+// TestLaggingMemberRemovesNobody: a member that has only the beginning of the
+// log knows an old configuration without most of the others. It says so when
+// it is asked, and is not believed.
+func TestLaggingMemberRemovesNobody(t *testing.T) {
+	c := newCluster(t, 1, nil)
+	first := c.leader()
+	for _, id := range []string{"n2", "n3"} {
+		n := c.start(Config{NodeID: id, PeerAddress: freeAddress(t), Join: true})
+		if _, err := first.AddMember(id, n.cfg.PeerAddress, ""); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, id+" votes", func() bool { return first.PromoteMember(id) == nil })
+	}
+	acquire(t, first.Replica, 0)
+	c.same(first)
+	// What n2 would say while it still replays the log.
+	old := configuration{1, raft.Configuration{Servers: []raft.Server{{ID: "n1", Address: raft.ServerAddress(first.cfg.PeerAddress)}}}}
+	index, member := isMember("n3", old, old, 1)
+	if member || index != 1 {
+		t.Fatalf("%d, %v", index, member)
+	}
+	n3 := c.nodes["n3"]
+	n3.hearRemoval(&removedError{index})
+	if err := n3.Err(); err != nil {
+		t.Errorf("believed a member that is behind: %v", err)
+	}
+	if index, member := c.nodes["n2"].member("n3"); !member {
+		t.Errorf("n2 does not take n3 for a member, as of %d", index)
+	}
 }
 
 func TestLeaderRemovesItself(t *testing.T) {

@@ -38,10 +38,11 @@ const (
 type disk struct {
 	raft.LogStore
 	wal       *wal.WAL
-	snapshots *raft.FileSnapshotStore
+	snapshots raft.SnapshotStore
 	fail      func(error)
 	synced    func(time.Duration)
 	last      *lastError
+	configs   configurations
 	written   atomic.Int64 // bytes since the last snapshot, about
 	since     atomic.Int64 // when the write under way began, in ns; 0 for none
 }
@@ -78,10 +79,18 @@ func openDisk(cfg Config, fail func(error)) (*disk, error) {
 	if cfg.wrapLog != nil {
 		d.LogStore = cfg.wrapLog(d.wal)
 	}
-	d.snapshots, err = raft.NewFileSnapshotStoreWithLogger(cfg.Dir, keep, quiet(cfg.Logger.Named("snapshot"), nil))
+	files, err := raft.NewFileSnapshotStoreWithLogger(cfg.Dir, keep, quiet(cfg.Logger.Named("snapshot"), nil))
+	var list []*raft.SnapshotMeta
+	if err == nil {
+		list, err = files.List()
+	}
 	if err != nil {
 		d.wal.Close()
 		return nil, fmt.Errorf("data directory %s: cannot be written: %w", cfg.Dir, cause(err))
+	}
+	d.snapshots = &snapshots{files, &d.configs}
+	for _, meta := range list {
+		d.configs.add(meta.ConfigurationIndex, meta.Configuration)
 	}
 	return d, nil
 }
@@ -188,7 +197,7 @@ func (d *disk) close() error { return d.wal.Close() }
 func (d *disk) StoreLogs(logs []*raft.Log) error {
 	sealed := make([]*raft.Log, len(logs))
 	for i, l := range logs {
-		sealed[i] = seal(l)
+		sealed[i] = seal(l, uint64(i))
 		d.written.Add(int64(len(sealed[i].Data)))
 	}
 	d.since.Store(time.Now().UnixNano())
@@ -200,8 +209,10 @@ func (d *disk) StoreLogs(logs []*raft.Log) error {
 	}
 	if err != nil {
 		d.failed("write the log", err)
+		return err
 	}
-	return err
+	d.configs.stored(logs)
+	return nil
 }
 
 // StoreLog implements raft.LogStore.
@@ -212,7 +223,7 @@ func (d *disk) GetLog(index uint64, l *raft.Log) error {
 	if err := d.LogStore.GetLog(index, l); err != nil {
 		return err
 	}
-	opened, err := unseal(l.Data)
+	opened, _, err := unseal(l.Data)
 	if err == nil && (opened.Index != index || opened.Index != l.Index || opened.Term != l.Term || opened.Type != l.Type) {
 		err = errChecksum
 	}
@@ -221,6 +232,19 @@ func (d *disk) GetLog(index uint64, l *raft.Log) error {
 	}
 	l.Data = opened.Data
 	return nil
+}
+
+// DeleteRange implements raft.LogStore: the beginning of the log, behind a
+// snapshot, or an end that another leader's entries take the place of.
+func (d *disk) DeleteRange(first, last uint64) error {
+	begin, err := d.LogStore.FirstIndex()
+	if err == nil {
+		err = d.LogStore.DeleteRange(first, last)
+	}
+	if err == nil && first > begin {
+		d.configs.cut(first)
+	}
+	return err
 }
 
 // IsMonotonic implements raft.MonotonicLogStore, as raft-wal does: indexes
@@ -271,6 +295,7 @@ func (d *disk) check(dir string) error {
 				if err := d.GetLog(i, &l); err != nil {
 					return &CorruptError{File: segmentOf(dir, i), Err: err}
 				}
+				d.configs.stored([]*raft.Log{&l})
 			}
 		}
 		if err == nil {
@@ -283,8 +308,8 @@ func (d *disk) check(dir string) error {
 // checkTail tells a torn write from damage. The log's library takes the first
 // entry that does not add up for the torn end of the last write. Writes are
 // made one after the other, each synced before the next begins: a sound entry
-// that comes after the one that follows the end proves that what does not add
-// up was once sound and synced.
+// of a write that began behind the entry that follows the end proves that what
+// does not add up was once sound and synced.
 func checkTail(file string, last uint64) error {
 	f, err := os.Open(file)
 	if errors.Is(err, os.ErrNotExist) {
@@ -304,7 +329,7 @@ func checkTail(file string, last uint64) error {
 			return nil
 		}
 		at += i
-		if l, err := unseal(text[at:]); err == nil && l.Index > last+1 {
+		if l, place, err := unseal(text[at:]); err == nil && l.Index > last+1+place {
 			return &CorruptError{File: file, Err: fmt.Errorf("entry %d cannot be read, entry %d after it can", last+1, l.Index)}
 		}
 	}
@@ -386,7 +411,7 @@ func checkSnapshots(dir string) error {
 // checksum per write, and does not look at it when it reads.
 //
 //	magic (4) | CRC-32C of what follows (4) | length of what follows (4) |
-//	index | term | type | data
+//	index | term | place in its write | type | data
 var entryMagic = [4]byte{0xd1, 0x57, 0x10, 0xc1}
 
 const sealHeader = 12
@@ -396,12 +421,13 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 var errChecksum = errors.New("its checksum does not match")
 
 // seal returns a copy of an entry whose data can be checked, and found in a
-// damaged file.
-func seal(l *raft.Log) *raft.Log {
-	b := make([]byte, sealHeader, sealHeader+3*binary.MaxVarintLen64+len(l.Data))
+// damaged file. place counts the entries before it in the same write.
+func seal(l *raft.Log, place uint64) *raft.Log {
+	b := make([]byte, sealHeader, sealHeader+4*binary.MaxVarintLen64+len(l.Data))
 	copy(b, entryMagic[:])
 	b = binary.AppendUvarint(b, l.Index)
 	b = binary.AppendUvarint(b, l.Term)
+	b = binary.AppendUvarint(b, place)
 	b = append(b, byte(l.Type))
 	b = append(b, l.Data...)
 	binary.LittleEndian.PutUint32(b[8:], uint32(len(b)-sealHeader))
@@ -413,30 +439,31 @@ func seal(l *raft.Log) *raft.Log {
 
 // unseal is the reverse of seal on data that begins with a sealed entry; the
 // result shares its memory.
-func unseal(b []byte) (l raft.Log, err error) {
+func unseal(b []byte) (l raft.Log, place uint64, err error) {
 	if len(b) < sealHeader || !bytes.Equal(b[:4], entryMagic[:]) {
-		return l, errChecksum
+		return l, 0, errChecksum
 	}
 	size := uint64(binary.LittleEndian.Uint32(b[8:]))
 	if size > uint64(len(b)-sealHeader) {
-		return l, errChecksum
+		return l, 0, errChecksum
 	}
 	b = b[:sealHeader+size]
 	if binary.LittleEndian.Uint32(b[4:]) != crc32.Checksum(b[8:], castagnoli) {
-		return l, errChecksum
+		return l, 0, errChecksum
 	}
 	b = b[sealHeader:]
-	var n int
-	if l.Index, n = binary.Uvarint(b); n <= 0 {
-		return l, errChecksum
+	for _, v := range []*uint64{&l.Index, &l.Term, &place} {
+		n := 0
+		if *v, n = binary.Uvarint(b); n <= 0 {
+			return l, 0, errChecksum
+		}
+		b = b[n:]
 	}
-	b = b[n:]
-	if l.Term, n = binary.Uvarint(b); n <= 0 || len(b) == n {
-		return l, errChecksum
+	if len(b) == 0 {
+		return l, 0, errChecksum
 	}
-	b = b[n:]
 	l.Type, l.Data = raft.LogType(b[0]), b[1:]
-	return l, nil
+	return l, place, nil
 }
 
 // lastError remembers the last error that a library only logged.

@@ -13,19 +13,19 @@ import (
 
 // FuzzUnseal: what is not a sealed entry, to the bit, is not taken for one.
 func FuzzUnseal(f *testing.F) {
-	f.Add(seal(&raft.Log{Index: 1, Term: 1, Type: raft.LogCommand, Data: []byte("data")}).Data)
-	f.Add(seal(&raft.Log{Index: 1 << 60, Term: 1 << 40, Type: raft.LogNoop}).Data)
+	f.Add(seal(&raft.Log{Index: 1, Term: 1, Type: raft.LogCommand, Data: []byte("data")}, 0).Data)
+	f.Add(seal(&raft.Log{Index: 1 << 60, Term: 1 << 40, Type: raft.LogNoop}, 1<<20).Data)
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		l, err := unseal(b)
+		l, place, err := unseal(b)
 		if err != nil {
 			if !errors.Is(err, errChecksum) {
 				t.Fatalf("untyped error %v", err)
 			}
 			return
 		}
-		again, err := unseal(seal(&l).Data)
-		if err != nil || again.Index != l.Index || again.Term != l.Term || again.Type != l.Type || !bytes.Equal(again.Data, l.Data) {
+		again, where, err := unseal(seal(&l, place).Data)
+		if err != nil || where != place || again.Index != l.Index || again.Term != l.Term || again.Type != l.Type || !bytes.Equal(again.Data, l.Data) {
 			t.Fatalf("%+v came back as %+v, %v", l, again, err)
 		}
 	})

@@ -262,7 +262,11 @@ func (r *Replica) member(id string) (uint64, bool) {
 	r.mu.Lock()
 	committed := r.committed
 	r.mu.Unlock()
-	if committed.index < latest.index && latest.index <= r.raft.CommitIndex() {
+	return isMember(id, latest, committed, r.raft.CommitIndex())
+}
+
+func isMember(id string, latest, committed configuration, commitIndex uint64) (uint64, bool) {
+	if committed.index < latest.index && latest.index <= commitIndex {
 		committed = latest
 	}
 	if len(latest.servers.Servers) == 0 || committed.index == 0 {

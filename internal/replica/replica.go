@@ -160,11 +160,6 @@ type leader struct {
 	serving bool   // it is this node, and its manager has been told
 }
 
-type configuration struct {
-	index   uint64
-	servers raft.Configuration
-}
-
 type inFlight struct {
 	future raft.ApplyFuture
 	done   func(machine.Outcome, error)
@@ -416,10 +411,7 @@ func (r *Replica) startRaft() error {
 }
 
 // configuration is the latest one, which may not be committed yet.
-func (r *Replica) configuration() configuration {
-	f := r.raft.GetConfiguration() // answered from memory
-	return configuration{f.Index(), f.Configuration()}
-}
+func (r *Replica) configuration() configuration { return r.disk.configs.latest() }
 
 // NodeID names this member.
 func (r *Replica) NodeID() string { return r.nodeID }

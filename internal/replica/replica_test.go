@@ -20,6 +20,7 @@ import (
 	"github.com/hashicorp/raft-wal/segment"
 	"github.com/hashicorp/raft-wal/types"
 	"go.uber.org/goleak"
+	"go.uber.org/zap"
 
 	"github.com/distlock/distlock/lease"
 	"github.com/distlock/distlock/lease/machine"
@@ -581,6 +582,56 @@ func TestCloseRightAfterLeading(t *testing.T) {
 			}
 		case <-time.After(30 * time.Second):
 			t.Fatal("Close does not return")
+		}
+	}
+}
+
+// TestTornWriteOfSeveralEntries cuts off the end of a write of three entries,
+// behind the first of them and behind all: no crash leaves damage.
+func TestTornWriteOfSeveralEntries(t *testing.T) {
+	const n = 5
+	dir := t.TempDir()
+	file := history(t, dir, n)
+	before, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := openDisk(Config{Dir: dir, Logger: zap.NewNop(), SegmentSize: 1 << 20}, func(err error) { t.Error(err) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	last, err := d.wal.LastIndex()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var logs []*raft.Log
+	for i := range uint64(3) {
+		batch := machine.Batch{Commands: []machine.Command{&machine.Declare{Name: fmt.Sprintf("declared/%d", i)}}}
+		logs = append(logs, &raft.Log{Index: last + 1 + i, Term: 2, Type: raft.LogCommand, Data: machine.AppendBatch(nil, &batch)})
+	}
+	if err := errors.Join(d.StoreLogs(logs), d.close()); err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for cut := used(before); cut < used(text); cut++ {
+		torn := copyDir(t, dir)
+		damaged := bytes.Clone(text)
+		clear(damaged[cut:])
+		if err := os.WriteFile(filepath.Join(torn, filepath.Base(file)), damaged, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		d, err := openDisk(Config{Dir: torn, Logger: zap.NewNop(), SegmentSize: 1 << 20}, func(err error) { t.Error(err) })
+		if err != nil {
+			t.Fatalf("cut %d bytes before the end: %v", used(text)-cut, err)
+		}
+		if got, err := d.wal.LastIndex(); err != nil || got != last {
+			t.Fatalf("cut %d bytes before the end: last entry %d, %v, want %d", used(text)-cut, got, err, last)
+		}
+		if err := d.close(); err != nil {
+			t.Fatal(err)
 		}
 	}
 }

@@ -23,7 +23,7 @@ const betweenJoins = 200 * time.Millisecond
 // address when that has changed. It ends once all is so, or with ctx; it fails
 // when the cluster says no for good.
 func (s *Server) join(ctx context.Context) error {
-	said := ""
+	said, added := "", false
 	say := func(what string, err error) {
 		if line := what + err.Error(); line != said {
 			said = line
@@ -33,8 +33,9 @@ func (s *Server) join(ctx context.Context) error {
 	for {
 		role := s.replica.Role()
 		switch {
-		case role == "" && s.cfg.Join != "":
-			if err := s.askToJoin(ctx); err != nil {
+		case role == "" && s.cfg.Join != "" && !added: // once: whoever removes it meanwhile means it
+			err := s.askToJoin(ctx)
+			if added = err == nil; !added {
 				switch status.Code(err) {
 				case codes.FailedPrecondition, codes.InvalidArgument, codes.Unimplemented:
 					return fmt.Errorf("cannot join the cluster at %s: %s", s.cfg.Join, status.Convert(err).Message())
