@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -134,6 +135,49 @@ func TestCrashesInTheFirstStart(t *testing.T) {
 		}
 	}
 	t.Logf("%d first starts killed", killed)
+}
+
+// TestEveryAcknowledgementIsSynced: a kill does not lose what the kernel has;
+// a power cut does. Of acquisitions made one after the other, each needs a sync
+// of its own before its answer.
+func TestEveryAcknowledgementIsSynced(t *testing.T) {
+	if _, err := exec.LookPath("strace"); err != nil {
+		if os.Getenv("CI") != "" {
+			t.Fatal(err)
+		}
+		t.Skip("strace is not installed: apt-get install strace to include this one")
+	}
+	syncs := filepath.Join(t.TempDir(), "syncs")
+	srv := &server{t: t, address: freeAddress(t), args: []string{"--data-dir", t.TempDir(), "--run-async"}}
+	srv.wrap = []string{"strace", "-f", "-qq", "-o", syncs, "-e", "trace=fsync,fdatasync"}
+	srv.start()
+	defer srv.killAll()
+	count := func() int {
+		text, err := os.ReadFile(syncs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Count(string(text), " = 0\n") + strings.Count(string(text), " = 0 ")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	conn, err := grpc.NewClient("passthrough:///"+srv.address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	locks := pb.NewLockServiceClient(conn)
+	const n = 40
+	for i := range n + 1 {
+		before := count()
+		_, err := locks.Acquire(ctx, &pb.AcquireRequest{Names: []string{fmt.Sprint("synced/", i)}, Mode: pb.Mode_MODE_EXCLUSIVE, Ttl: durationpb.New(time.Minute)}, grpc.WaitForReady(true))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i > 0 && count() == before {
+			t.Fatalf("acquisition %d was acknowledged without a sync", i)
+		}
+	}
 }
 
 // killAll ends the process and whoever traces it.

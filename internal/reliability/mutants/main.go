@@ -33,6 +33,7 @@ var layers = []layer{
 	{"simulation", []string{"lease/", "fence/"}, []string{"./internal/reliability/sim", "-run", "TestSeeds", "-args", "-seeds", "300"}},
 	{"clients", []string{"client/", "lease/manager", "lease/calls", "lease/wheel"}, []string{"./internal/reliability/sim", "-run", "TestRealClients"}},
 	{"files", []string{"internal/replica"}, []string{"./internal/replica", "-run", "Prefix|Flip|Damaged|Torn|FailedWrite|Killed|ManySegments"}},
+	{"crashes", []string{"internal/replica"}, []string{"./internal/e2e", "-run", "TestCrashes$|TestEveryAcknowledgement", "-args", "-crashes", "6"}},
 	{"fence", []string{"fence/"}, []string{"./fence", "./fence/fencetest"}},
 }
 
@@ -94,8 +95,8 @@ func run(gate bool, match string, sample int) error {
 				row += "  |"
 				continue
 			}
-			args := slices.Concat([]string{"test", "-count=1", "-failfast", "-timeout", "2m", "-overlay", overlay}, l.args)
-			if out, err := goTool(3*time.Minute, args...); err != nil {
+			args := slices.Concat([]string{"test", "-count=1", "-failfast", "-timeout", "2m"}, l.args)
+			if out, err := goTool(overlay, args...); err != nil {
 				var exit *exec.ExitError
 				if !errors.As(err, &exit) {
 					return err
@@ -159,9 +160,13 @@ func mutate(root string, m mutant) ([]byte, error) {
 	return bytes.Replace(text, []byte(m.old), []byte(m.new), 1), nil
 }
 
-func goTool(limit time.Duration, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
+// goTool runs the go command with the mutant in place, also for what tests
+// build themselves.
+func goTool(overlay string, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, "go", args...).CombinedOutput()
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Env = append(os.Environ(), "GOFLAGS=-overlay="+overlay)
+	out, err := cmd.CombinedOutput()
 	return string(out), err
 }

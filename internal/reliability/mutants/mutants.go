@@ -89,6 +89,8 @@ var mutants = []mutant{
 		"\t\tm.leading, m.hint = false, l.Hint\n\t\tm.abandonServing(&NotLeaderError{Hint: l.Hint})\n", "\t\tm.leading, m.hint = false, l.Hint\n", "manager"},
 
 	// The log.
+	{"no write is synced", "internal/replica/files.go",
+		"\tif f.synced {\n\t\treturn syncData(&f.File.File)", "\tif f.synced {\n\t\treturn nil", "crashes"},
 	{"acknowledged before it is written", "internal/replica/disk.go",
 		"\terr := d.LogStore.StoreLogs(sealed)\n", "\tvar err error\n\tgo d.LogStore.StoreLogs(sealed)\n", "files"},
 	{"checksums are not compared", "internal/replica/disk.go",
