@@ -462,7 +462,7 @@ func (n *node) resume() {
 	list := n.deferred
 	n.deferred = nil
 	for i, fn := range list {
-		n.w.after(time.Duration(i+1), 9<<56|uint64(n.id)<<32|uint64(i), fn)
+		n.w.after(1, 9<<56|uint64(n.id)<<32|uint64(i), fn) // all at one time, in order
 	}
 	n.w.record(check.Event{Kind: check.Disturbed, Who: n.id})
 }
