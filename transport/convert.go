@@ -20,7 +20,7 @@ func duration(field string, d *durationpb.Duration) (time.Duration, error) {
 		return 0, nil
 	}
 	// AsDuration saturates: what does not come back the same was out of range.
-	if err := d.CheckValid(); err != nil || durationpb.New(d.AsDuration()).GetSeconds() != d.GetSeconds() {
+	if err := d.CheckValid(); err != nil || int64(d.AsDuration()/time.Second) != d.GetSeconds() {
 		return 0, &lease.InvalidError{Field: field, Msg: "is out of range"}
 	}
 	return d.AsDuration(), nil
@@ -97,20 +97,44 @@ func tokenCheck(c lease.TokenCheck) *pb.CheckTokenResponse {
 	return &pb.CheckTokenResponse{Live: c.Live, CurrentToken: uint64(c.Current), LastToken: uint64(c.Last), Floor: uint64(c.Floor)}
 }
 
-func grant(g *machine.Grant, ttl time.Duration) *pb.Grant {
-	out := &pb.Grant{
-		Token: uint64(g.Token), LeaseId: uint64(g.Lease), Mode: pb.Mode(g.Mode), GrantedAt: timestamp(g.Since),
-	}
+func grant(g *machine.Grant, ttl time.Duration) *pb.Grant { return &granted(g, ttl).grant }
+
+// grantParts are the messages of a grant on one lock, made in one piece.
+type grantParts struct {
+	answer   pb.Answer
+	result   pb.Answer_Acquire
+	response pb.AcquireResponse
+	grant    pb.Grant
+	ttl      durationpb.Duration
+	at       timestamppb.Timestamp
+	lock     pb.GrantedLock
+	locks    [1]*pb.GrantedLock
+}
+
+func granted(g *machine.Grant, ttl time.Duration) *grantParts {
+	p := &grantParts{}
+	out := &p.grant
+	out.Token, out.LeaseId, out.Mode = uint64(g.Token), uint64(g.Lease), pb.Mode(g.Mode)
+	at := time.Unix(0, g.Since)
+	p.at.Seconds, p.at.Nanos = at.Unix(), int32(at.Nanosecond())
+	out.GrantedAt = &p.at
 	if ttl > 0 {
-		out.Ttl = durationpb.New(ttl)
+		p.ttl.Seconds, p.ttl.Nanos = int64(ttl/time.Second), int32(ttl%time.Second)
+		out.Ttl = &p.ttl
 	}
 	if g.Request < machine.AnonymousRequest {
 		out.RequestId = uint64(g.Request)
 	}
-	for _, k := range g.Locks {
-		out.Locks = append(out.Locks, &pb.GrantedLock{Name: k.Name, Floor: uint64(k.Floor)})
+	out.Locks = p.locks[:0]
+	for i, k := range g.Locks {
+		lock := &p.lock
+		if i > 0 {
+			lock = &pb.GrantedLock{}
+		}
+		lock.Name, lock.Floor = k.Name, uint64(k.Floor)
+		out.Locks = append(out.Locks, lock)
 	}
-	return out
+	return p
 }
 
 func holders(list []machine.Holder) []*pb.Holder {

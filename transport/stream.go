@@ -231,14 +231,18 @@ var (
 )
 
 func answer(r *lease.Reply) *pb.Answer {
+	if r.Grant != nil && r.Err == nil {
+		p := granted(r.Grant, r.TTL)
+		p.answer.Id, p.answer.Result = r.Tag, &p.result
+		p.result.Acquire, p.response.Grant = &p.response, &p.grant
+		return &p.answer
+	}
 	out := &pb.Answer{Id: r.Tag}
 	if r.Err != nil {
 		out.Result = &pb.Answer_Failure{Failure: failure(r.Err)}
 		return out
 	}
 	switch r.Op {
-	case lease.OpAcquire:
-		out.Result = &pb.Answer_Acquire{Acquire: &pb.AcquireResponse{Grant: grant(r.Grant, r.TTL)}}
 	case lease.OpRelease:
 		out.Result = released
 	case lease.OpAbandon:
