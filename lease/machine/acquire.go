@@ -81,7 +81,7 @@ func (m *Machine) acquire(c *Acquire) Result {
 	m.places++
 	a := &acquisition{
 		lease: l.id, request: c.Request, place: m.places, names: c.Names, mode: c.Mode, limit: c.Limit,
-		delay: c.LockDelay, since: m.stamp, actor: c.Actor, metadata: c.Metadata,
+		since: m.stamp, extras: extrasOf(c.LockDelay, c.Actor, c.Metadata),
 	}
 	if !free {
 		m.enterQueues(l, a)
@@ -175,7 +175,7 @@ func (k *lock) admits(mode Mode, limit uint32) bool {
 	case mode == Exclusive || k.mode == Exclusive:
 		return false
 	}
-	return limit == 0 || k.holders < int(limit)
+	return limit == 0 || int64(k.holders) < int64(limit)
 }
 
 // grant gives an acquisition its locks, all of which admit it, under the next
@@ -201,8 +201,7 @@ func (m *Machine) grant(l *lease, waiting *acquisition) *Grant {
 		}
 		k.last = a.token
 		if k.declared {
-			k.clock++
-			k.expires = m.stamp + int64(l.ttl)
+			k.setClock(k.clock+1, m.stamp+int64(l.ttl))
 			a.setClock(i, k.clock)
 		}
 		m.holders.Set(place{name, uint64(a.token), a})
@@ -216,20 +215,26 @@ func (m *Machine) grant(l *lease, waiting *acquisition) *Grant {
 }
 
 func (a *acquisition) setFloor(i int, floor fence.Token) {
-	if a.floors == nil {
-		a.floors = make([]fence.Token, len(a.names))
-		for j := range a.floors {
-			a.floors[j] = a.token
+	own := *a.extras
+	own.floors = slices.Clone(own.floors)
+	if own.floors == nil {
+		own.floors = make([]fence.Token, len(a.names))
+		for j := range own.floors {
+			own.floors[j] = a.token
 		}
 	}
-	a.floors[i] = floor
+	own.floors[i] = floor
+	a.extras = &own
 }
 
 func (a *acquisition) setClock(i int, clock uint64) {
-	if a.clocks == nil {
-		a.clocks = make([]uint64, len(a.names))
+	own := *a.extras
+	own.clocks = slices.Clone(own.clocks)
+	if own.clocks == nil {
+		own.clocks = make([]uint64, len(a.names))
 	}
-	a.clocks[i] = clock
+	own.clocks[i] = clock
+	a.extras = &own
 }
 
 // live returns the highest and the lowest token that hold a lock now.

@@ -46,7 +46,8 @@ func (m *Machine) NewHistory(above fence.Token, stamp int64) (fence.Token, error
 		return true
 	})
 	for _, name := range declared {
-		m.editLock(name).clock += HistoryGap
+		k := m.editLock(name)
+		k.setClock(k.clock+HistoryGap, k.expires)
 	}
 	m.events = nil
 	return fence.Token(minted), nil

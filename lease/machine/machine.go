@@ -73,34 +73,64 @@ const (
 // acquisition is one request for locks, waiting (token 0) or granted. It is
 // replaced by a new record at its grant.
 type acquisition struct {
-	lease    LeaseID
-	request  RequestID
-	place    uint64 // in its queues; order of arrival, store-wide
-	token    fence.Token
-	names    []string
+	lease   LeaseID
+	request RequestID
+	place   uint64 // in its queues; order of arrival, store-wide
+	token   fence.Token
+	names   []string
+	since   int64
+	*extras // never nil; replaced, never changed
+	limit   uint32
+	mode    Mode
+}
+
+// extras are what most acquisitions do not have: they share plain.
+type extras struct {
 	floors   []fence.Token // by name, when they differ from token
 	clocks   []uint64      // by name, when a lock is declared
-	mode     Mode
-	limit    uint32
 	delay    Duration
-	since    int64
 	actor    string
 	metadata []Meta
+}
+
+var plain = &extras{}
+
+func extrasOf(delay Duration, actor string, metadata []Meta) *extras {
+	if delay == 0 && actor == "" && len(metadata) == 0 {
+		return plain
+	}
+	return &extras{delay: delay, actor: actor, metadata: metadata}
 }
 
 // lock is the record of a lock that is held, waited for, delayed or declared.
 type lock struct {
 	name     string
-	holders  int
-	waiters  int
-	shared   int    // holders and waiters in shared mode: while > 0 limit is the lock's
+	last     fence.Token
+	*history // never nil; replaced, never changed
+	holders  int32
+	waiters  int32
+	shared   int32  // holders and waiters in shared mode: while > 0 limit is the lock's
 	limit    uint32 // meaningful while shared > 0
 	mode     Mode   // of the holders, while holders > 0
 	declared bool
-	delays   []Delay
-	clock    uint64
-	expires  int64 // of a declared lock's last grant
-	last     fence.Token
+}
+
+// history is what most locks do not have: they share noHistory.
+type history struct {
+	delays  []Delay
+	clock   uint64 // of a declared lock
+	expires int64  // of a declared lock's last grant
+}
+
+var noHistory = &history{}
+
+// setClock replaces the clock of a declared lock, and when it expires.
+func (l *lock) setClock(clock uint64, expires int64) {
+	l.history = &history{delays: l.delays, clock: clock, expires: expires}
+}
+
+func (l *lock) setDelays(list []Delay) {
+	l.history = &history{delays: list, clock: l.clock, expires: l.expires}
 }
 
 // place is an acquisition's entry in an ordered table: of a lock's holders by
@@ -271,7 +301,7 @@ func byToken(list []*acquisition) {
 // the table. The copy belongs to the caller until the next Copy.
 func (m *Machine) editLock(name string) *lock {
 	old, ok := m.locks.Get(name)
-	fresh := &lock{name: name}
+	fresh := &lock{name: name, history: noHistory}
 	if ok {
 		*fresh = *old
 	} else {

@@ -81,7 +81,7 @@ func (m *Machine) startDelay(name string, d Duration) {
 	// The delay's id is its event's revision: unique, and the same everywhere.
 	delay := Delay{ID: m.revision + 1, Duration: d, Since: m.stamp}
 	k := m.editLock(name)
-	k.delays = append(k.delays[:len(k.delays):len(k.delays)], delay)
+	k.setDelays(append(k.delays[:len(k.delays):len(k.delays)], delay))
 	m.emit(Event{Kind: EventDelayStarted, Locks: named([]string{name}), Delay: delay})
 }
 
@@ -95,8 +95,7 @@ func (m *Machine) endDelay(c *EndDelay) Result {
 			continue
 		}
 		fresh := m.editLock(c.Name)
-		fresh.delays = nil
-		fresh.delays = append(append(fresh.delays, k.delays[:i]...), k.delays[i+1:]...)
+		fresh.setDelays(append(append([]Delay(nil), k.delays[:i]...), k.delays[i+1:]...))
 		m.dropIfIdle(fresh)
 		m.emit(Event{Kind: EventDelayEnded, Locks: named([]string{c.Name}), Delay: d})
 		m.dirty = append(m.dirty, c.Name)

@@ -130,7 +130,7 @@ func (m *Machine) obstacles(names []string, mode Mode, limit uint32, before uint
 		if k == nil {
 			continue
 		}
-		o := Obstacle{Name: name, Delays: k.delays, Limit: limit, HolderCount: k.holders}
+		o := Obstacle{Name: name, Delays: k.delays, Limit: limit, HolderCount: int(k.holders)}
 		ahead := 0
 		m.queues.Ascend(place{key: name}, func(p place) bool {
 			if p.key != name || p.n >= before {
@@ -196,7 +196,7 @@ func (m *Machine) Lock(name string) (Lock, bool) {
 func (m *Machine) showLock(k *lock) Lock {
 	out := Lock{
 		Name: k.name, Delays: k.delays, Declared: k.declared, Clock: k.clock, ExpiresAt: k.expires,
-		Last: k.last, HolderCount: k.holders, WaiterCount: k.waiters,
+		Last: k.last, HolderCount: int(k.holders), WaiterCount: int(k.waiters),
 	}
 	if k.shared > 0 {
 		out.Limit = k.limit

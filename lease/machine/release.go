@@ -195,7 +195,8 @@ func (m *Machine) undeclare(c *Undeclare) Result {
 		return refuse(Refusal{Reason: ReasonLockNotDeclared, Name: c.Name})
 	}
 	k = m.editLock(c.Name)
-	k.declared, k.clock, k.expires = false, 0, 0
+	k.declared = false
+	k.setClock(0, 0)
 	m.emit(Event{Kind: EventUndeclared, Locks: named([]string{c.Name})})
 	m.dropIfIdle(k)
 	m.breakHolds(m.holdersOf(c.Name), EndUndeclared, "")

@@ -184,7 +184,7 @@ func (m *Machine) check() error {
 			}
 			return true
 		})
-		if n != k.holders || waiters != k.waiters || shared != k.shared || (n > 1 && k.mode != Shared) {
+		if n != int(k.holders) || waiters != int(k.waiters) || shared != int(k.shared) || (n > 1 && k.mode != Shared) {
 			return bad("lock %q does not match its holders and waiters", k.name)
 		}
 		holders, queued = holders+n, queued+waiters
@@ -265,21 +265,28 @@ func (a *acquisition) encode(e *encoder) {
 
 func decodeAcquisition(d *decoder) *acquisition {
 	a := &acquisition{lease: LeaseID(d.uint()), request: RequestID(d.uint()), place: d.uint(), token: fence.Token(d.uint()), names: d.strings()}
-	floors, clocks := d.bools()
-	if floors {
-		a.floors = make([]fence.Token, len(a.names))
-		for i := range a.floors {
-			a.floors[i] = fence.Token(d.uint())
+	hasFloors, hasClocks := d.bools()
+	var floors []fence.Token
+	var clocks []uint64
+	if hasFloors {
+		floors = make([]fence.Token, len(a.names))
+		for i := range floors {
+			floors[i] = fence.Token(d.uint())
 		}
 	}
-	if clocks {
-		a.clocks = make([]uint64, len(a.names))
-		for i := range a.clocks {
-			a.clocks[i] = d.uint()
+	if hasClocks {
+		clocks = make([]uint64, len(a.names))
+		for i := range clocks {
+			clocks[i] = d.uint()
 		}
 	}
 	a.mode, a.limit = Mode(d.byte()), uint32(d.below(1<<32))
-	a.delay, a.since, a.actor, a.metadata = Duration(d.int()), d.int(), d.string(), d.metadata()
+	delay := Duration(d.int())
+	a.since = d.int()
+	a.extras = extrasOf(delay, d.string(), d.metadata())
+	if hasFloors || hasClocks {
+		a.extras = &extras{floors: floors, clocks: clocks, delay: a.delay, actor: a.actor, metadata: a.metadata}
+	}
 	if a.mode != Exclusive && a.mode != Shared || len(a.names) == 0 {
 		d.fail("an acquisition that cannot be")
 	}
@@ -314,13 +321,18 @@ func (k *lock) encode(e *encoder) {
 }
 
 func decodeLock(d *decoder) *lock {
-	k := &lock{name: d.string(), holders: int(d.below(1 << 31)), waiters: int(d.below(1 << 31)), shared: int(d.below(1 << 31))}
+	k := &lock{name: d.string(), holders: int32(d.below(1 << 31)), waiters: int32(d.below(1 << 31)), shared: int32(d.below(1 << 31))}
 	k.limit, k.mode = uint32(d.below(1<<32)), Mode(d.byte())
 	k.declared, _ = d.bools()
+	var delays []Delay
 	for range d.count(3) {
-		k.delays = append(k.delays, Delay{ID: d.uint(), Duration: Duration(d.int()), Since: d.int()})
+		delays = append(delays, Delay{ID: d.uint(), Duration: Duration(d.int()), Since: d.int()})
 	}
-	k.clock, k.expires, k.last = d.uint(), d.int(), fence.Token(d.uint())
+	k.history = noHistory
+	if clock, expires := d.uint(), d.int(); clock != 0 || expires != 0 || delays != nil {
+		k.history = &history{delays: delays, clock: clock, expires: expires}
+	}
+	k.last = fence.Token(d.uint())
 	return k
 }
 
