@@ -5,13 +5,18 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/distlock/distlock/client"
 	"github.com/distlock/distlock/client/clienttest"
+	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -535,4 +540,58 @@ func TestGivingUpAGrantThatIsNotConfirmed(t *testing.T) {
 		info, err := c.Get(t.Context(), "a")
 		return err == nil && len(info.Holders) == 0
 	})
+}
+
+// forgetful loses the next answer to an acquisition, and its connection.
+type forgetful struct {
+	grpc.ClientStream
+	next *atomic.Bool
+}
+
+func (f forgetful) RecvMsg(m any) error {
+	if err := f.ClientStream.RecvMsg(m); err != nil {
+		return err
+	}
+	for _, a := range m.(*pb.MultiplexResponse).GetAnswers() {
+		if a.GetFailure() != nil {
+			if f.next.CompareAndSwap(true, false) {
+				return status.Error(codes.Unavailable, "the answer is lost")
+			}
+		}
+	}
+	return nil
+}
+
+// TestARefusalWhoseAnswerWasLost: the repeat is told that the request has
+// ended, and the caller that the lock is held, under a lease and without one.
+func TestARefusalWhoseAnswerWasLost(t *testing.T) {
+	s := clienttest.Start(t)
+	acquire(t, s.Client(t), "a")
+	var lose atomic.Bool
+	c := s.Client(t, client.WithDialOptions(grpc.WithChainStreamInterceptor(
+		func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, open grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+			stream, err := open(ctx, desc, cc, method, opts...)
+			return forgetful{stream, &lose}, err
+		})))
+	lease, err := c.Grant(t.Context(), time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, try := range map[string]func() (*client.Lock, error){
+		"under a lease":           func() (*client.Lock, error) { return lease.TryAcquire(t.Context(), "a") },
+		"with a lease of its own": func() (*client.Lock, error) { return c.TryAcquire(t.Context(), "a") },
+	} {
+		lose.Store(true)
+		if _, err := try(); !errors.Is(err, client.ErrNotAcquired) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if lose.Load() {
+			t.Errorf("%s: no answer was lost", name)
+		}
+	}
+	if lock, err := lease.TryAcquire(t.Context(), "b"); err != nil {
+		t.Error(err)
+	} else if err := lock.Release(t.Context()); err != nil {
+		t.Error(err)
+	}
 }

@@ -145,12 +145,12 @@ func (c *Client) acquire(ctx context.Context, names []string, o *acquireOptions,
 	if o.lockDelay != 0 {
 		req.LockDelay = durationpb.New(o.lockDelay)
 	}
+	done := func() {} // the request id under the lease is no longer open
+	defer func() { done() }()
 	switch {
 	case lease != nil:
 		req.LeaseId = lease.ID()
-		var done func()
 		req.RequestId, req.LowestOpenRequestId, done = lease.begin()
-		defer done()
 	case o.leaseID == 0:
 		req.Ttl, req.Owner, req.RequestId = durationpb.New(o.ttl), o.owner, requestID()
 	}
@@ -179,11 +179,16 @@ func (c *Client) acquire(ctx context.Context, names []string, o *acquireOptions,
 		}
 		var err error
 		resp, err = c.acquireOn(ctx, conn, req)
-		if err != nil && tried && toError(err).Reason == "REQUEST_ENDED" && lease == nil && o.leaseID == 0 {
+		if err != nil && tried && toError(err).Reason == "REQUEST_ENDED" && o.leaseID == 0 {
 			// An attempt whose answer was lost had been refused, and so had
 			// ended. It was not granted, nor ever will be: ask anew.
 			req = proto.CloneOf(req)
-			req.RequestId = requestID()
+			if lease == nil {
+				req.RequestId = requestID()
+			} else {
+				done()
+				req.RequestId, req.LowestOpenRequestId, done = lease.begin()
+			}
 			resp, err = c.acquireOn(ctx, conn, req)
 		}
 		tried = true
