@@ -73,7 +73,7 @@ func run(gate bool, match string, sample int) error {
 		list = list[:sample]
 	}
 	began := time.Now()
-	survived := 0
+	survived, outgrown := 0, 0
 	fmt.Print("| planted bug | in |")
 	for _, l := range layers {
 		fmt.Printf(" %s |", l.name)
@@ -81,6 +81,11 @@ func run(gate bool, match string, sample int) error {
 	fmt.Printf("\n|---|---|%s\n", strings.Repeat("---|", len(layers)))
 	for _, m := range list {
 		overlay, err := plant(dir, m)
+		if errors.Is(err, errOutgrown) {
+			fmt.Fprintln(os.Stderr, "mutants:", err)
+			outgrown++
+			continue
+		}
 		if err != nil {
 			return err
 		}
@@ -119,8 +124,11 @@ func run(gate bool, match string, sample int) error {
 		}
 	}
 	fmt.Printf("\n%d mutants, %d not caught by their layer, in %v\n", len(list), survived, time.Since(began).Round(time.Second))
-	if survived > 0 {
+	switch {
+	case survived > 0:
 		return fmt.Errorf("%d mutants live", survived)
+	case outgrown > 0 && sample == 0:
+		return fmt.Errorf("%d mutants must be planted anew", outgrown)
 	}
 	return nil
 }
@@ -147,6 +155,8 @@ func plant(dir string, m mutant) (string, error) {
 	return name, os.WriteFile(name, overlay, 0o600)
 }
 
+var errOutgrown = errors.New("the code has outgrown it")
+
 // mutate returns the file with the bug in it. The text it replaces must be
 // there exactly once: a mutant that code has outgrown must be planted anew.
 func mutate(root string, m mutant) ([]byte, error) {
@@ -155,7 +165,7 @@ func mutate(root string, m mutant) ([]byte, error) {
 		return nil, err
 	}
 	if n := bytes.Count(text, []byte(m.old)); n != 1 {
-		return nil, fmt.Errorf("%s: the text to change is %d times in %s", m.name, n, m.file)
+		return nil, fmt.Errorf("%s: %w: the text to change is %d times in %s", m.name, errOutgrown, n, m.file)
 	}
 	return bytes.Replace(text, []byte(m.old), []byte(m.new), 1), nil
 }
