@@ -60,6 +60,7 @@ var inTests = map[string][]string{
 	"fence/httpfence":   {"fence/fencetest"},
 	"fence/grpcfence":   {"fence/fencetest"},
 	"client":            {"client/clienttest", "internal/server", "lease", "lease/machine", "transport"},
+	"internal/bench":    {"internal/server"},
 	"client/clienttest": {},
 	"transport":         {"internal/server", "client"},
 	"internal/replica":  {"fence"},
