@@ -138,3 +138,32 @@ func TestTextThatIsNone(t *testing.T) {
 		t.Errorf("another's wait on the same stream: %v", err)
 	}
 }
+
+// TestUnary: the same without a stream; a loss is told by the next renewal.
+func TestUnary(t *testing.T) {
+	s := clienttest.Start(t)
+	c, ops := s.Client(t, client.WithUnary()), s.Client(t)
+	lock := acquire(t, c, "a", client.TTL(3*time.Second))
+	if _, err := c.TryAcquire(t.Context(), "a"); !errors.Is(err, client.ErrNotAcquired) {
+		t.Error(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := c.Acquire(ctx, "a"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Error(err)
+	}
+	s.Advance(10 * time.Second)
+	if err := lock.Err(); err != nil {
+		t.Fatal(err)
+	}
+	if err := ops.ForceRelease(t.Context(), "a", 0, "ops"); err != nil {
+		t.Fatal(err)
+	}
+	s.Advance(2 * time.Second)
+	if lost := lostAs(t, lock); lost.Cause != client.CauseForceReleased || lost.By != "ops" {
+		t.Errorf("%+v", lost)
+	}
+	if err := acquire(t, c, "b").Release(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
