@@ -113,7 +113,7 @@ expiry: ## let LEASES leases expire and print the lag
 
 .PHONY: failover
 failover: ## kill KILLS leaders under load, and stop as many processes for up to 3 TTLs
-	$(GO) test -run 'TestCluster(Kills|Pauses)' -v -timeout 60m ./internal/e2e -args -kills $(KILLS) -pauses $(KILLS)
+	$(GO) test -run 'TestCluster(Kills|Pauses)' -v -timeout 60m ./internal/e2e -args -kills $(KILLS) -pauses $(KILLS) -election 200ms
 
 .PHONY: many
 many: ## hold LOCKS locks through snapshots, a restart and the end of all leases at once

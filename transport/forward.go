@@ -26,15 +26,13 @@ type forwarder struct {
 	cluster  Cluster
 	stopping context.Context
 	work     workers
+	// leaderless bounds how long a call waits for somebody to lead. The client
+	// may know a node that can be reached.
+	leaderless time.Duration
 }
 
-const (
-	// leaderless bounds how long a call waits for somebody to lead: an
-	// election or two. The client may know a node that can be reached.
-	leaderless = time.Second
-	// betweenTries is how long a call waits before it asks anew.
-	betweenTries = 15 * time.Millisecond
-)
+// betweenTries is how long a call waits before it asks anew.
+const betweenTries = 15 * time.Millisecond
 
 // unary tries the call here, which is all where this node leads, and follows
 // the leader while the answer is that another leads.
@@ -45,7 +43,7 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 	nameIt(req)
 	resp, err := handler(ctx, req)
 	again := false // a leader's answer was lost, and the request sent anew
-	until := time.Now().Add(leaderless)
+	until := time.Now().Add(f.leaderless)
 	for elsewhere(err) && time.Now().Before(until) {
 		var conn grpc.ClientConnInterface
 		var known error
@@ -61,7 +59,7 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 			resp, err = f.send(ctx, led, conn, info.FullMethod, req)
 			again = again || errors.Is(err, errAnswerLost)
 			if time.Since(began) > betweenTries { // it was not refused at once
-				until = time.Now().Add(leaderless)
+				until = time.Now().Add(f.leaderless)
 			}
 		})
 		switch {
@@ -203,7 +201,7 @@ func (f *forwarder) abandon(conn grpc.ClientConnInterface, req any) {
 	if !ok || r.GetRequestId() == 0 { // the leader abandons an anonymous one itself
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), leaderless)
+	ctx, cancel := context.WithTimeout(context.Background(), f.leaderless)
 	defer cancel()
 	pb.NewLockServiceClient(conn).Abandon(ctx, &pb.AbandonRequest{LeaseId: r.GetLeaseId(), RequestId: r.GetRequestId()})
 }

@@ -3,6 +3,7 @@
 package transport
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -92,7 +93,10 @@ type Config struct {
 	Manager Manager
 	Cluster Cluster // nil where nothing is kept on disk
 	Node    func() Node
-	Logger  *zap.Logger
+	// Leaderless bounds how long a call waits for somebody to lead: a few
+	// elections; 0 is 1s.
+	Leaderless time.Duration
+	Logger     *zap.Logger
 	// Workers bounds the requests being worked on at once; 0 sets no bound. A
 	// request that is parked in a queue or waits for the log is not being
 	// worked on.
@@ -131,7 +135,7 @@ func NewServer(cfg Config) *Server {
 	}
 	work := newWorkers(cfg.Workers)
 	stopping, stop := context.WithCancel(context.Background())
-	forward := &forwarder{cluster: cfg.Cluster, stopping: stopping, work: work}
+	forward := &forwarder{cluster: cfg.Cluster, stopping: stopping, work: work, leaderless: cmp.Or(cfg.Leaderless, time.Second)}
 	s := &Server{
 		stopping: stopping, stop: stop,
 		grpc: grpc.NewServer(

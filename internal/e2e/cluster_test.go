@@ -25,9 +25,10 @@ import (
 )
 
 var (
-	kills   = flag.Int("kills", 4, "leaders that TestClusterKills kills")
-	measure = flag.Duration("measure", time.Second, "how long TestClusterThroughput measures each")
-	pause   = flag.Int("pauses", 2, "leaders that TestClusterPauses stops")
+	kills    = flag.Int("kills", 4, "leaders that TestClusterKills kills")
+	election = flag.Duration("election", time.Second, "election timeout of the clusters; the default of a server is shorter, and takes a machine that is not busy")
+	measure  = flag.Duration("measure", time.Second, "how long TestClusterThroughput measures each")
+	pause    = flag.Int("pauses", 2, "leaders that TestClusterPauses stops")
 )
 
 // member is one process of a cluster.
@@ -72,7 +73,7 @@ func startGroup(t *testing.T, n int, args ...string) *group {
 // launch prepares a member's process.
 func (g *group) launch(m *member, listen string, args ...string) {
 	m.server = &server{t: g.t, address: freeAddress(g.t), args: append([]string{
-		"--node-id", m.id, "--peer-address", m.peer, "--peer-listen", listen, "--data-dir", filepath.Join(g.dir, m.id),
+		"--node-id", m.id, "--election-timeout", election.String(), "--peer-address", m.peer, "--peer-listen", listen, "--data-dir", filepath.Join(g.dir, m.id),
 	}, args...)}
 	g.t.Cleanup(func() {
 		if m.cmd != nil {
@@ -187,7 +188,7 @@ func (g *group) run(at *member, args ...string) string {
 // acknowledged is lost, tokens rise, and whoever renews keeps its locks.
 func TestClusterKills(t *testing.T) {
 	g := startGroup(t, 3)
-	l := startLoad(t, loadConfig{endpoints: g.endpoints(), clients: 16, locks: 200, queues: 2, keepers: 20, ttl: 6 * time.Second})
+	l := startLoad(t, loadConfig{endpoints: g.endpoints(), clients: 16, locks: 200, queues: 2, keepers: 20, ttl: 20 * time.Second})
 	var spans []time.Duration
 	for n := range *kills {
 		leader := g.leader()
@@ -429,7 +430,7 @@ func TestClusterGrowsAndIsReplaced(t *testing.T) {
 	for range 5 {
 		endpoints = append(endpoints, freeAddress(t))
 	}
-	l := startLoad(t, loadConfig{endpoints: endpoints, clients: 4, locks: 20, queues: 1, keepers: 5, ttl: 5 * time.Second})
+	l := startLoad(t, loadConfig{endpoints: endpoints, clients: 4, locks: 20, queues: 1, keepers: 5, ttl: 20 * time.Second})
 	l.nextGrant(time.Now())
 	// At most one restart, to give it a peer address.
 	alone.signal(syscall.SIGTERM)
@@ -465,7 +466,7 @@ func TestClusterGrowsAndIsReplaced(t *testing.T) {
 // TestClusterRollingRestart restarts one member after the other under load.
 func TestClusterRollingRestart(t *testing.T) {
 	g := startGroup(t, 3)
-	l := startLoad(t, loadConfig{endpoints: g.endpoints(), clients: 16, locks: 200, queues: 2, keepers: 20, ttl: 6 * time.Second})
+	l := startLoad(t, loadConfig{endpoints: g.endpoints(), clients: 16, locks: 200, queues: 2, keepers: 20, ttl: 20 * time.Second})
 	l.nextGrant(time.Now())
 	for _, m := range g.members {
 		began := time.Now()
@@ -488,7 +489,7 @@ func TestClusterRollingRestart(t *testing.T) {
 // after the backup.
 func TestClusterBackup(t *testing.T) {
 	g := startGroup(t, 3)
-	l := startLoad(t, loadConfig{endpoints: g.endpoints(), clients: 8, locks: 50, queues: 1, keepers: 10, ttl: 6 * time.Second})
+	l := startLoad(t, loadConfig{endpoints: g.endpoints(), clients: 8, locks: 50, queues: 1, keepers: 10, ttl: 20 * time.Second})
 	l.nextGrant(time.Now())
 	file := filepath.Join(t.TempDir(), "backup")
 	for _, m := range g.members { // whoever is asked

@@ -91,7 +91,7 @@ func (c *cluster) tryStart(cfg Config) (*node, error) {
 	cfg.ClientAddress = "client-of-" + cfg.NodeID
 	cfg.dial = c.net.dialer(cfg.NodeID)
 	if cfg.ElectionTimeout == 0 {
-		cfg.ElectionTimeout = 150 * time.Millisecond
+		cfg.ElectionTimeout = 500 * time.Millisecond // on a busy machine nobody is to be deposed for nothing
 	}
 	if c.alter != nil {
 		c.alter(&cfg)

@@ -247,6 +247,7 @@ func (s *Server) open() error {
 	}
 	if s.replica != nil {
 		config.Cluster = s.replica
+		config.Leaderless = max(time.Second, 5*s.cfg.ElectionTimeout)
 	}
 	s.transport = transport.NewServer(config)
 	return nil
