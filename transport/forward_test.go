@@ -3,6 +3,7 @@ package transport
 import (
 	"context"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -37,7 +38,7 @@ func (f *forgetful) Invoke(context.Context, string, any, any, ...grpc.CallOption
 // once must not be told that its new request id is an old one.
 func TestARepeatThatTheClientKnowsNothingOf(t *testing.T) {
 	leader := &forgetful{}
-	f := &forwarder{cluster: leader, stopping: context.Background()}
+	f := &forwarder{leaderless: time.Second, cluster: leader, stopping: context.Background()}
 	here := func(context.Context, any) (any, error) { return nil, lease.ErrNotLeader }
 	_, err := f.unary(context.Background(), &pb.AcquireRequest{RequestId: 7}, &grpc.UnaryServerInfo{FullMethod: pb.LockService_Acquire_FullMethodName}, here)
 	if got := reasonOf(asStatus(err)); got != ReasonOutcomeUnknown || leader.calls != 2 {
