@@ -141,7 +141,7 @@ func chaos(t *testing.T, seed uint64) {
 	<-r.ended
 	l.group.Wait()
 	if n := len(r.parked) + len(r.waits) + len(r.leases) + len(r.delays) + len(r.due); n != 0 || r.reserved != (room{}) {
-		t.Errorf("the loop keeps %d entries, and %+v reserved", n, r.reserved)
+		t.Errorf("the loop keeps %d parked, %d waits, %d leases, %d delays, %d due, and %+v reserved", len(r.parked), len(r.waits), len(r.leases), len(r.delays), len(r.due), r.reserved)
 	}
 }
 
