@@ -100,7 +100,7 @@ func run(gate bool, match string, sample int) error {
 				row += "  |"
 				continue
 			}
-			args := slices.Concat([]string{"test", "-count=1", "-failfast", "-timeout", "2m"}, l.args)
+			args := slices.Concat([]string{"test", "-count=1", "-failfast", "-timeout", "5m"}, l.args)
 			if out, err := goTool(overlay, args...); err != nil {
 				var exit *exec.ExitError
 				if !errors.As(err, &exit) {
@@ -173,7 +173,7 @@ func mutate(root string, m mutant) ([]byte, error) {
 // goTool runs the go command with the mutant in place, also for what tests
 // build themselves.
 func goTool(overlay string, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 6*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Env = append(os.Environ(), "GOFLAGS=-overlay="+overlay)

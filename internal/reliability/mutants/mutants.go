@@ -36,7 +36,7 @@ var mutants = []mutant{
 	{"a newcomer passes the queue", "lease/machine/acquire.go",
 		"free = free && k.waiters == 0 && k.admits", "free = free && k.admits", "simulation"},
 	{"a limit is exceeded by one", "lease/machine/acquire.go",
-		"return limit == 0 || ", "return limit == 0 || k.holders == 1 || ", "simulation"},
+		"return limit == 0 || ", "return limit == 0 || k.holders == 2 || ", "simulation"},
 	{"readers beside a writer", "lease/machine/acquire.go",
 		"case mode == Exclusive || k.mode == Exclusive:", "case mode == Exclusive:", "simulation"},
 	{"lock-delay ignored", "lease/machine/acquire.go",
