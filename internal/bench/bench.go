@@ -295,6 +295,10 @@ func (r *Result) rate(n int64, took time.Duration) {
 	r.Operations, r.Seconds, r.PerSecond = n, took.Seconds(), float64(n)/took.Seconds()
 }
 
+// patience is how much longer than asked a measurement goes on until its first
+// operation has ended.
+const patience = 20 * time.Second
+
 // watch tells the progress every second until the time is up, ctx ends, done
 // is closed, or a worker has failed, which it returns.
 func (b *bench) watch(ctx context.Context, what string, total func() int64, done <-chan struct{}, ended <-chan workerEnd) workerEnd {
@@ -312,6 +316,10 @@ func (b *bench) watch(ctx context.Context, what string, total func() int64, done
 		case e := <-ended:
 			return e
 		case <-end.C:
+			if total() == 0 && time.Since(begin) < b.Duration+patience { // a slow machine, a short time
+				end.Reset(10 * time.Millisecond)
+				continue
+			}
 			return workerEnd{}
 		case <-done:
 			return workerEnd{}
