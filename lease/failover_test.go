@@ -457,3 +457,28 @@ func TestDrainAnswersWhatIsInTheLog(t *testing.T) {
 		}
 	})
 }
+
+// TestABatchThatTheNextTermCommits: the loss of the leadership is left out, and
+// the log accepts a batch in the next term before the manager has heard of it.
+// What it grants expires like everything else.
+func TestABatchThatTheNextTermCommits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, l := startScript(t)
+		defer r.stop()
+		l.holding(true, false)
+		granting := background(func() (Grant, error) { return r.own("a", time.Second, 0, 1) })
+		l.lead(2)
+		l.holding(false, false)
+		l.commit()
+		if a := <-granting; a.err != nil {
+			t.Fatal(a.err)
+		}
+		if n := r.Status().Leases; n != 1 {
+			t.Fatalf("%d leases", n)
+		}
+		time.Sleep(time.Second + 2*tick)
+		if s := r.Status(); s.Leases != 0 || s.Locks != 0 {
+			t.Errorf("a second and two ticks later: %+v", s.Counts)
+		}
+	})
+}

@@ -63,6 +63,7 @@ type input interface{ take(m *Manager) }
 type loop struct {
 	leading  bool
 	everLed  bool
+	readAt   uint64 // revision of the store when this leadership began
 	term     uint64
 	hint     string
 	draining bool
@@ -344,7 +345,7 @@ func (m *Manager) lead(l Leadership) {
 	now := m.now()
 	m.wheel.now = uint64(now / tick)
 	m.store.Read(func(s *machine.Machine) {
-		m.counts = s.Counts()
+		m.counts, m.readAt = s.Counts(), s.Revision()
 		m.leases = make(map[ID]*leaseTimer, m.counts.Leases)
 		s.EachLease(func(id ID, ttl machine.Duration) bool {
 			m.armLease(id, time.Duration(ttl), now)
@@ -556,10 +557,14 @@ func (c *committed) take(m *Manager) {
 	for i, call := range calls {
 		call.committed(m, c.out.Results[i], serving)
 	}
-	if serving {
+	// A batch of an earlier term may be committed by the log in this one: it is
+	// applied after the store was read.
+	if m.leading {
 		m.store.Read(func(s *machine.Machine) { m.counts = s.Counts() })
 		for i := range c.out.Events {
-			m.observe(&c.out.Events[i], now)
+			if e := &c.out.Events[i]; e.Revision > m.readAt {
+				m.observe(e, now)
+			}
 		}
 		for i, call := range calls { // whose leases the events have made
 			if call.port != nil && call.granted {
