@@ -120,6 +120,7 @@ func TestAWaitOnAPortHoldsUpNobody(t *testing.T) {
 		for i := range uint64(50) {
 			submit(t, p, func(b *Batch) { b.Acquire(100+i, own(RequestID(100+i), WaitForever, "a")) })
 		}
+		synctest.Wait() // they wait: until then they are only under way
 		submit(t, p, func(b *Batch) { b.Acquire(200, own(200, WaitForever, "b")) })
 		got, _ = replies(t, p)
 		var exhausted *ExhaustedError
