@@ -264,6 +264,9 @@ type submission struct {
 }
 
 func (s *submission) take(m *Manager) {
+	if s.port.gone { // the reader was late: nobody hears the answers, nor would end the waits
+		return
+	}
 	m.ports[s.port.number] = s.port
 	for _, in := range s.inputs {
 		in.take(m)

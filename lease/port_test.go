@@ -333,3 +333,26 @@ func TestAPortOverFailures(t *testing.T) {
 		})
 	}
 }
+
+// A reader may submit after its writer has closed the port: that is for nobody.
+func TestSubmittedToAPortThatIsClosed(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		p := r.NewPort(100, 100)
+		q := r.NewPort(100, 100)
+		defer q.Close(false)
+		submit(t, q, func(b *Batch) { b.Acquire(1, own(1, 0, "a")) })
+		if got, _ := replies(t, q); got[1].Err != nil {
+			t.Fatal(got[1].Err)
+		}
+		p.Close(true)
+		submit(t, p, func(b *Batch) { b.Acquire(1, own(2, WaitForever, "a")) })
+		synctest.Wait()
+		time.Sleep(50 * time.Second)
+		submit(t, q, func(b *Batch) { b.KeepAlive(2, []ID{1}) })
+		synctest.Wait()
+		time.Sleep(50 * time.Second) // more than a TTL without a client
+		if n := r.Status().Waiters; n != 0 {
+			t.Errorf("%d wait for nobody", n)
+		}
+	})
+}
