@@ -290,6 +290,10 @@ func (c *Client) retry(ctx context.Context, attempt func(context.Context, *grpc.
 			}
 			return ended(ctx, last)
 		}
+		if e.Code == codes.Canceled && c.ctx.Err() == nil {
+			// Not by the caller: the connection was closed, by pulse.
+			e = &Error{Code: codes.Unavailable, Message: e.Message}
+		}
 		if e.Code != codes.Unavailable && e.Code != codes.DeadlineExceeded {
 			return e
 		}
