@@ -381,11 +381,17 @@ func (r *Replica) startRaft() error {
 	} else {
 		transport = r.peers.raftTransport()
 	}
+	if err := r.forgetHalfBegun(); err != nil {
+		return &CorruptError{File: r.dir, Err: err}
+	}
 	existing, err := raft.HasExistingState(r.disk, r.disk, r.disk.snapshots)
 	if err != nil {
 		return &CorruptError{File: r.dir, Err: err}
 	}
 	if !existing && !cfg.Join {
+		if id := r.ClusterID(); id != "" { // two histories would go by one name
+			return fmt.Errorf("data directory %s is of a node that cluster %s took in and that has nothing of its log yet: start it with --join", r.dir, id)
+		}
 		servers := raft.Configuration{Servers: []raft.Server{{ID: config.LocalID, Address: address}}}
 		if cfg.InitialCluster != nil {
 			servers.Servers = nil
@@ -408,6 +414,25 @@ func (r *Replica) startRaft() error {
 		r.peers.serve()
 	}
 	return nil
+}
+
+// forgetHalfBegun lets a first start be made anew whose process died after
+// raft's BootstrapCluster had written term 1 and before it wrote the first
+// entry: raft takes the term for a history, and would wait for ever for a
+// leader. Nobody can have voted in term 1.
+func (r *Replica) forgetHalfBegun() error {
+	key := []byte("CurrentTerm")
+	if term, err := r.disk.GetUint64(key); r.cfg.Join || err != nil || term != 1 {
+		return nil // an error is HasExistingState's to tell
+	}
+	last, err := r.disk.LastIndex()
+	if err != nil || last > 0 {
+		return err
+	}
+	if list, err := r.disk.snapshots.List(); err != nil || len(list) > 0 {
+		return err
+	}
+	return r.disk.SetUint64(key, 0)
 }
 
 // configuration is the latest one, which may not be committed yet.

@@ -1,0 +1,60 @@
+package replica
+
+import (
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/distlock/distlock/lease"
+)
+
+// A node that a cluster has taken in, and that has nothing of its log yet,
+// must not begin a history of its own when it is started without --join.
+func TestJoinedNodeBeginsNoHistory(t *testing.T) {
+	c := newCluster(t, 1, nil)
+	first := c.leader()
+	eventually(t, "an id", func() bool { return first.ClusterID() != "" })
+	n2 := c.start(Config{NodeID: "n2", PeerAddress: freeAddress(t), Join: true})
+	if err := n2.Joined(first.ClusterID()); err != nil { // and the leader cannot reach it
+		t.Fatal(err)
+	}
+	cfg := c.stop(n2)
+	cfg.Join = false
+	again, err := c.tryStart(cfg)
+	if err != nil {
+		return // it says so
+	}
+	for until := time.Now().Add(3 * time.Second); time.Now().Before(until); time.Sleep(5 * time.Millisecond) {
+		if again.told().Leader {
+			t.Fatalf("n2 leads a history of its own as cluster %s", again.ClusterID())
+		}
+	}
+}
+
+// The process died in the first start, after the term and before the first entry.
+func TestKilledInBootstrap(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "data")
+	cfg := Config{Dir: dir, NodeID: "n1", Join: true, Store: lease.NewStore(0), SegmentSize: 1 << 20}
+	r, err := Open(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.disk.SetUint64([]byte("CurrentTerm"), 1); err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	cfg.Join, cfg.Store = false, lease.NewStore(0)
+	r, err = Open(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	select {
+	case l := <-r.Leadership():
+		if !l.Leader {
+			t.Fatal(l)
+		}
+	case <-time.After(3 * time.Second):
+		t.Fatal("it never leads")
+	}
+}
