@@ -395,7 +395,7 @@ func (m *Manager) Leases(ctx context.Context, after ID, limit int) (list []Lease
 	return list, more, err
 }
 
-func leasesIn(view *machine.Machine, after ID, limit int) (list []LeaseInfo, more bool) {
+func leasesIn(view *machine.View, after ID, limit int) (list []LeaseInfo, more bool) {
 	limit = max(limit, 1)
 	view.AscendLeases(after, func(l machine.Lease) bool {
 		if more = len(list) == limit; !more {
@@ -570,7 +570,7 @@ func (m *Manager) Locks(ctx context.Context, prefix, after string, limit int) (l
 	return list, more, revision, err
 }
 
-func locksIn(view *machine.Machine, prefix, after string, limit int) (list []LockInfo, more bool, revision uint64) {
+func locksIn(view *machine.View, prefix, after string, limit int) (list []LockInfo, more bool, revision uint64) {
 	limit = max(limit, 1)
 	from := prefix
 	if after != "" {

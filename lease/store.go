@@ -2,6 +2,8 @@ package lease
 
 import (
 	"context"
+	"slices"
+	"sort"
 	"strings"
 	"sync"
 
@@ -16,8 +18,8 @@ const ringSize = 1 << 14
 type Store struct {
 	mu      sync.RWMutex
 	machine *machine.Machine
-	ring    []Event // revision r is at r % ringSize
-	oldest  uint64  // lowest revision in the ring; above the machine's: none
+	recent  [][]Event // of the last batches, in order: the ring, and what is left of its first batch
+	oldest  uint64    // lowest revision in the ring; above the machine's: none
 	changed chan struct{}
 }
 
@@ -36,14 +38,13 @@ func (s *Store) Apply(b machine.Batch) machine.Outcome {
 	if len(out.Events) == 0 {
 		return out
 	}
-	if s.ring == nil {
-		s.ring = make([]Event, ringSize)
-	}
-	for _, e := range out.Events {
-		s.ring[e.Revision%ringSize] = e
-	}
+	s.recent = append(s.recent, out.Events)
 	if last := s.machine.Revision(); last >= s.oldest+ringSize {
 		s.oldest = last - ringSize + 1
+		for len(s.recent) > 1 && s.recent[1][0].Revision <= s.oldest {
+			s.recent[0] = nil
+			s.recent = s.recent[1:]
+		}
 	}
 	close(s.changed)
 	s.changed = make(chan struct{})
@@ -51,7 +52,7 @@ func (s *Store) Apply(b machine.Batch) machine.Outcome {
 }
 
 // View returns a copy to read at leisure. It costs the same whatever the size.
-func (s *Store) View() *machine.Machine {
+func (s *Store) View() *machine.View {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.machine.Copy()
@@ -71,7 +72,7 @@ func (s *Store) Restore(m *machine.Machine) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.machine = m
-	s.ring, s.oldest = nil, m.Revision()+1
+	s.recent, s.oldest = nil, m.Revision()+1
 	close(s.changed)
 	s.changed = make(chan struct{})
 }
@@ -142,12 +143,16 @@ func (w *Watcher) scan() ([]Event, <-chan struct{}, error) {
 	}
 	var events []Event
 	end := min(last, w.next+maxScan-1)
-	for ; w.next <= end; w.next++ {
-		e := s.ring[w.next%ringSize]
-		for _, k := range e.Locks {
-			if strings.HasPrefix(k.Name, w.prefix) {
-				events = append(events, e)
+	at := sort.Search(len(s.recent), func(i int) bool { return s.recent[i][0].Revision > w.next }) - 1
+	for ; w.next <= end; at++ {
+		batch := s.recent[at]
+		for _, e := range batch[w.next-batch[0].Revision:] {
+			if w.next > end {
 				break
+			}
+			w.next++
+			if slices.ContainsFunc(e.Locks, func(k machine.GrantedLock) bool { return strings.HasPrefix(k.Name, w.prefix) }) {
+				events = append(events, e)
 			}
 		}
 	}

@@ -1,6 +1,7 @@
 package lease
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -114,7 +115,7 @@ func TestWatchOutOfTheRing(t *testing.T) {
 
 	// A snapshot brings no events with it.
 	other := NewStore(0)
-	other.Restore(s.View())
+	other.Restore(restored(t, s))
 	if _, err := other.Watch("", 2*ringSize); !errors.As(err, &outside) || outside.Oldest != 2*ringSize+1 {
 		t.Errorf("before a snapshot: %v", err)
 	}
@@ -128,10 +129,24 @@ func TestWatchOutOfTheRing(t *testing.T) {
 	}
 	// One that waits is told.
 	older := NewStore(0)
-	other.Restore(older.View())
+	other.Restore(restored(t, older))
 	if _, _, err := w.Next(context.Background()); !errors.As(err, &outside) {
 		t.Errorf("after a restore of another state: %v", err)
 	}
+}
+
+// restored is what a snapshot of a store brings.
+func restored(t *testing.T, s *Store) *machine.Machine {
+	t.Helper()
+	var b bytes.Buffer
+	if err := s.View().Snapshot(func(chunk []byte) error { b.Write(chunk); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	m, err := machine.Restore(b.Read)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
 }
 
 // TestViewsStandStill reads copies while the store goes on; the race detector
@@ -159,4 +174,38 @@ func TestViewsStandStill(t *testing.T) {
 		})
 	}
 	group.Wait()
+}
+
+// One batch may have more events than the ring keeps, alone or behind others.
+func TestBatchLargerThanTheRing(t *testing.T) {
+	s := NewStore(0)
+	request := RequestID(0)
+	for range 3 {
+		var commands []machine.Command
+		for range ringSize {
+			request++
+			commands = append(commands, take(fmt.Sprint(request), request))
+		}
+		apply(s, commands...) // 2*ringSize events
+		last := s.View().Revision()
+		w, err := s.Watch("", last-ringSize+1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := 0
+		for revision := uint64(0); revision < last; {
+			var events []Event
+			if events, revision, err = w.Next(context.Background()); err != nil {
+				t.Fatal(err)
+			}
+			got += len(events)
+		}
+		if got != ringSize/2 {
+			t.Errorf("%d events", got)
+		}
+		var outside *RangeError
+		if _, err := s.Watch("", last-ringSize); !errors.As(err, &outside) {
+			t.Errorf("before the ring: %v", err)
+		}
+	}
 }

@@ -192,7 +192,7 @@ func Restore(cfg RestoreConfig) (res RestoreResult, err error) {
 		return res, err
 	}
 	defer os.RemoveAll(fresh)
-	if err := writeHistory(fresh, orDefault(cfg.NodeID, "n1"), cfg.PeerAddress, snapshot{n, m}); err != nil {
+	if err := writeHistory(fresh, orDefault(cfg.NodeID, "n1"), cfg.PeerAddress, snapshot{n, m.Copy()}); err != nil {
 		return res, err
 	}
 	if inUse {

@@ -127,7 +127,7 @@ func readSnapshot(from io.Reader) (n note, m *machine.Machine, err error) {
 // snapshot is a note, with its length before it, and a machine.
 type snapshot struct {
 	note note
-	view *machine.Machine
+	view *machine.View
 }
 
 func (s snapshot) write(to io.Writer) error {

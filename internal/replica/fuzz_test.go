@@ -56,7 +56,7 @@ func FuzzSnapshot(f *testing.F) {
 		m := machine.New(7)
 		m.Apply(machine.Batch{Commands: []machine.Command{&machine.Declare{Name: "a"}, &machine.GrantLease{TTL: 1}}})
 		var b bytes.Buffer
-		if err := (snapshot{n, m}).write(&b); err != nil {
+		if err := (snapshot{n, m.Copy()}).write(&b); err != nil {
 			f.Fatal(err)
 		}
 		f.Add(b.Bytes())
@@ -67,14 +67,14 @@ func FuzzSnapshot(f *testing.F) {
 			return
 		}
 		var once, twice bytes.Buffer
-		if err := (snapshot{n, m}).write(&once); err != nil {
+		if err := (snapshot{n, m.Copy()}).write(&once); err != nil {
 			t.Fatal(err)
 		}
 		n, m, err = readSnapshot(bytes.NewReader(once.Bytes()))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := (snapshot{n, m}).write(&twice); err != nil || !bytes.Equal(once.Bytes(), twice.Bytes()) {
+		if err := (snapshot{n, m.Copy()}).write(&twice); err != nil || !bytes.Equal(once.Bytes(), twice.Bytes()) {
 			t.Fatalf("it does not come back as it was: %v", err)
 		}
 	})

@@ -26,7 +26,7 @@ var (
 
 // recovered reads what the disk's part of opening a directory finds, and
 // applies it. Raft is not started: it would append to the log.
-func recovered(dir string) (*machine.Machine, error) {
+func recovered(dir string) (*machine.View, error) {
 	d, err := openDisk(Config{Dir: dir, Logger: zap.NewNop(), SegmentSize: 1 << 20}, func(error) {})
 	if err != nil {
 		return nil, err
@@ -55,7 +55,7 @@ func recovered(dir string) (*machine.Machine, error) {
 	return f.store.View(), failed
 }
 
-func digest(m *machine.Machine) uint64 {
+func digest(m *machine.View) uint64 {
 	sum := fnv.New64a()
 	m.Snapshot(func(chunk []byte) error { sum.Write(chunk); return nil })
 	return sum.Sum64()

@@ -12,7 +12,7 @@ func (m *Machine) acquire(c *Acquire) Result {
 	}
 	var l *lease
 	if c.Lease == 0 {
-		if id, ok := m.requests.Get(c.Request); ok {
+		if id, ok := m.requests[c.Request]; ok {
 			return m.again(c, id, m.acquisition(id, c.Request))
 		}
 		if end := m.memory.request(c.Request); end != nil {
@@ -87,7 +87,8 @@ func (m *Machine) acquire(c *Acquire) Result {
 		m.enterQueues(l, a)
 		return Result{Lease: l.id, Waiting: true}
 	}
-	return Result{Lease: l.id, Grant: m.grant(l, a)}
+	m.grant(l, a)
+	return Result{Lease: l.id, Grant: a.granted()}
 }
 
 // invalid names the field that no valid request has so; requests are
@@ -179,21 +180,17 @@ func (k *lock) admits(mode Mode, limit uint32) bool {
 }
 
 // grant gives an acquisition its locks, all of which admit it, under the next
-// token.
-func (m *Machine) grant(l *lease, waiting *acquisition) *Grant {
+// token. Its record is the caller's to change.
+func (m *Machine) grant(l *lease, a *acquisition) {
 	m.minted++
-	fresh := *waiting
-	a := &fresh
 	a.token, a.since = fence.Token(m.minted), m.stamp
 	for i, name := range a.names {
 		k := m.editLock(name)
-		if k.holders > 0 { // shared with others: the floor is the lowest of them
-			m.holders.Ascend(place{key: name}, func(p place) bool {
-				a.setFloor(i, fence.Token(p.n))
-				return false
-			})
-		}
-		k.holders++
+		m.eachHolder(k, func(other *acquisition) bool {
+			a.setFloor(i, other.token) // shared with others: the lowest of them
+			return false
+		})
+		m.addHolder(k, a)
 		k.mode = a.mode
 		if a.mode == Shared {
 			k.shared++
@@ -204,14 +201,12 @@ func (m *Machine) grant(l *lease, waiting *acquisition) *Grant {
 			k.setClock(k.clock+1, m.stamp+int64(l.ttl))
 			a.setClock(i, k.clock)
 		}
-		m.holders.Set(place{name, uint64(a.token), a})
 		m.memory.granted(name, a.token)
 	}
-	m.acqs.Set(under{a.lease, a.request, a})
-	m.tokens.Set(a.token, a)
-	g := a.granted()
-	m.emit(Event{Kind: EventGranted, Lease: l.id, Request: a.request, Owner: l.owner, Token: a.token, Mode: a.mode, Locks: g.Locks, TTL: l.ttl, Own: l.own})
-	return g
+	m.enter(l, a)
+	m.tokens[a.token] = a
+	m.grants++
+	m.emit(Event{Kind: EventGranted, Lease: l.id, Request: a.request, Owner: l.owner, Token: a.token, Mode: a.mode, Locks: a.locks(), TTL: l.ttl, Own: l.own})
 }
 
 func (a *acquisition) setFloor(i int, floor fence.Token) {
@@ -238,13 +233,15 @@ func (a *acquisition) setClock(i int, clock uint64) {
 }
 
 // live returns the highest and the lowest token that hold a lock now.
-func (m *Machine) live(name string) (highest, lowest fence.Token) {
-	m.holders.Ascend(place{key: name}, func(p place) bool {
-		if p.key == name {
-			lowest = fence.Token(p.n)
-		}
+func (m *state) live(name string) (highest, lowest fence.Token) {
+	k := m.lock(name)
+	m.eachHolder(k, func(a *acquisition) bool {
+		lowest = a.token
 		return false
 	})
+	if k == nil || k.holders < 2 {
+		return lowest, lowest
+	}
 	m.holders.Descend(place{key: name, n: ^uint64(0)}, func(p place) bool {
 		if p.key == name {
 			highest = fence.Token(p.n)

@@ -85,8 +85,8 @@ func TestSnapshotRoundTrip(t *testing.T) {
 	m := full(t)
 	b := snapshotOf(t, m)
 	back := restored(t, b)
-	if !bytes.Equal(snapshotOf(t, back), b) || show(back) != show(m) {
-		t.Fatalf("\n%s\nis not\n%s", show(back), show(m))
+	if !bytes.Equal(snapshotOf(t, back), b) || show(&back.state) != show(&m.state) {
+		t.Fatalf("\n%s\nis not\n%s", show(&back.state), show(&m.state))
 	}
 	for i := range b {
 		if _, err := Restore(bytes.NewReader(b[:i]).Read); err == nil {
@@ -142,7 +142,7 @@ func FuzzRestore(f *testing.F) {
 		}
 		// Whatever was restored can be worked with.
 		m.Apply(Batch{Term: 1, Commands: every})
-		show(m)
+		show(&m.state)
 	})
 }
 

@@ -11,7 +11,7 @@ func (m *Machine) grantLease(c *GrantLease) Result {
 		return refuse(Refusal{Reason: ReasonInvalid, Field: "ttl"})
 	}
 	if c.Request != 0 {
-		if id, ok := m.requests.Get(c.Request); ok {
+		if id, ok := m.requests[c.Request]; ok {
 			l := m.lease(id)
 			if l.own || l.ttl != c.TTL || l.owner != c.Owner {
 				return refuse(Refusal{Reason: ReasonRequestMismatch, Lease: l.id})
@@ -34,7 +34,7 @@ func (m *Machine) makeLease(req RequestID, ttl Duration, owner string, metadata 
 	}
 	m.leases.Set(l.id, l)
 	if req != 0 {
-		m.requests.Set(req, l.id)
+		m.requests[req] = l.id
 	}
 	m.emit(Event{Kind: EventLeaseGranted, Lease: l.id, Request: req, Owner: owner, TTL: ttl, Own: own})
 	return l
@@ -78,7 +78,7 @@ func (m *Machine) leaseGone(id LeaseID) *Refusal {
 
 // endLease ends a lease with everything under it. The caller settles.
 func (m *Machine) endLease(l *lease, cause EndCause, by string) {
-	list := m.ofLease(l.id)
+	list := m.ofLease(l)
 	byToken(list)
 	for _, a := range list {
 		if a.token == 0 {
@@ -95,7 +95,7 @@ func (m *Machine) endLease(l *lease, cause EndCause, by string) {
 func (m *Machine) dropLease(l *lease, cause EndCause, by string, ended []*acquisition) {
 	m.leases.Delete(l.id)
 	if l.request != 0 {
-		m.requests.Delete(l.request)
+		delete(m.requests, l.request)
 	}
 	rev := m.emit(Event{Kind: EventLeaseEnded, Lease: l.id, Request: l.request, Owner: l.owner, Cause: cause, By: by, Own: l.own})
 	end := past{revision: rev, lease: l.id, leaseEnd: true, cause: cause, by: by, at: m.stamp}

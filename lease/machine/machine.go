@@ -2,9 +2,9 @@
 // queues, grants and the wait-for graph. It has no clock, no goroutine, no
 // I/O and no randomness: the same batches give the same state, byte for byte.
 //
-// A Machine belongs to one goroutine. Copy gives another goroutine a copy to
-// read, at a cost that does not depend on its size: the tables are
-// copy-on-write, and a record is replaced, never changed, once it is in one.
+// A Machine belongs to one goroutine. Copy gives another goroutine a view, at a
+// cost that does not depend on its size: the tables are copy-on-write, and a
+// record is replaced, never changed, once a view may have it.
 package machine
 
 import (
@@ -17,27 +17,43 @@ import (
 
 // Machine is the replicated state. Apply is its only way to change.
 type Machine struct {
-	minted   uint64 // highest token minted
-	leaseIDs uint64 // highest lease id minted
-	revision uint64 // of the last event
-	places   uint64 // highest place in a queue given out
+	state
 
-	// Keys stand beside the pointers to records, so that a search touches no
-	// record on its way.
-	leases   *btree.Map[LeaseID, *lease]
-	acqs     *btree.BTreeG[under]                  // by lease, request
-	tokens   *btree.Map[fence.Token, *acquisition] // granted ones
-	locks    *btree.Map[string, *lock]             // by name
-	holders  *btree.BTreeG[place]                  // by lock name, token
-	queues   *btree.BTreeG[place]                  // by lock name, place
-	actors   *btree.BTreeG[place]                  // waiting acquisitions by actor, place
-	requests *btree.Map[RequestID, LeaseID]        // live leases by the request that made them
-	memory   memory
+	// Only to look up in, and so not ordered, nor in a View.
+	tokens   map[fence.Token]*acquisition // granted ones
+	requests map[RequestID]LeaseID        // live leases by the request that made them
 
 	// Of the batch being applied.
 	stamp  int64
 	events []Event
 	dirty  []string // locks to look at again once the command is done
+}
+
+// View is what a Machine was when Copy made it: to be listed and snapshotted
+// by anybody, while the Machine goes on.
+type View struct{ state }
+
+// state is what of a Machine can be read, with the methods that do. The tables
+// are copy-on-write. Keys stand beside the pointers to records, so that a
+// search touches no record on its way. What most leases and locks have once is
+// in their record: an own lease's acquisition, a lock's sole holder.
+type state struct {
+	minted   uint64 // highest token minted
+	leaseIDs uint64 // highest lease id minted
+	revision uint64 // of the last event
+	places   uint64 // highest place in a queue given out
+
+	waits  int // acquisitions that wait
+	grants int // acquisitions that are granted
+	holds  int // locks that they hold, each counted once for each holder
+
+	leases  *btree.Map[LeaseID, *lease]
+	acqs    *btree.BTreeG[under]      // under leases of clients, by lease, request
+	locks   *btree.Map[string, *lock] // by name
+	holders *btree.BTreeG[place]      // of locks with several, by lock name, token
+	queues  *btree.BTreeG[place]      // by lock name, place
+	actors  *btree.BTreeG[place]      // waiting acquisitions by actor, place
+	memory  memory
 }
 
 // lease is the record of a live lease.
@@ -47,10 +63,11 @@ type lease struct {
 	owner    string
 	metadata []Meta
 	since    int64
-	own      bool // made with an acquisition, ends with it
 	request  RequestID
-	after    fence.Token // highest token minted before the lease was made
-	seq      *sequence   // nil until a sequence number is used or a hold forced
+	after    fence.Token  // highest token minted before the lease was made
+	seq      *sequence    // nil until a sequence number is used or a hold forced
+	acq      *acquisition // of an own lease
+	own      bool         // made with an acquisition, ends with it
 }
 
 // sequence is what a lease remembers of its requests (RIFL).
@@ -106,7 +123,8 @@ func extrasOf(delay Duration, actor string, metadata []Meta) *extras {
 type lock struct {
 	name     string
 	last     fence.Token
-	*history // never nil; replaced, never changed
+	sole     *acquisition // the holder, while holders is 1
+	*history              // never nil; replaced, never changed
 	holders  int32
 	waiters  int32
 	shared   int32  // holders and waiters in shared mode: while > 0 limit is the lock's
@@ -170,28 +188,28 @@ func lessUnder(a, b under) bool {
 // successor of base.
 func New(base uint64) *Machine {
 	return &Machine{
-		minted: base, leaseIDs: base,
-		leases:   &btree.Map[LeaseID, *lease]{},
-		acqs:     table(lessUnder),
-		tokens:   &btree.Map[fence.Token, *acquisition]{},
-		locks:    &btree.Map[string, *lock]{},
-		holders:  table(lessPlace),
-		queues:   table(lessPlace),
-		actors:   table(lessPlace),
-		requests: &btree.Map[RequestID, LeaseID]{},
-		memory:   newMemory(),
+		state: state{
+			minted: base, leaseIDs: base,
+			leases:  &btree.Map[LeaseID, *lease]{},
+			acqs:    table(lessUnder),
+			locks:   &btree.Map[string, *lock]{},
+			holders: table(lessPlace),
+			queues:  table(lessPlace),
+			actors:  table(lessPlace),
+			memory:  newMemory(),
+		},
+		tokens:   make(map[fence.Token]*acquisition),
+		requests: make(map[RequestID]LeaseID),
 	}
 }
 
-// Copy returns a copy at a cost that does not depend on the size. The copy may
-// be read by other goroutines while the original is changed by its owner.
-func (m *Machine) Copy() *Machine {
-	return &Machine{
-		minted: m.minted, leaseIDs: m.leaseIDs, revision: m.revision, places: m.places,
-		leases: m.leases.IsoCopy(), acqs: m.acqs.IsoCopy(), tokens: m.tokens.IsoCopy(), locks: m.locks.IsoCopy(),
-		holders: m.holders.IsoCopy(), queues: m.queues.IsoCopy(), actors: m.actors.IsoCopy(),
-		requests: m.requests.IsoCopy(), memory: m.memory.copy(),
-	}
+// Copy returns a view at a cost that does not depend on the size.
+func (m *Machine) Copy() *View {
+	v := &View{m.state}
+	v.leases, v.acqs, v.locks = m.leases.IsoCopy(), m.acqs.IsoCopy(), m.locks.IsoCopy()
+	v.holders, v.queues, v.actors = m.holders.IsoCopy(), m.queues.IsoCopy(), m.actors.IsoCopy()
+	v.memory = m.memory.copy()
+	return v
 }
 
 // Apply executes a batch. It cannot fail: refusals are results. Only the
@@ -253,39 +271,128 @@ func (m *Machine) emit(e Event) uint64 {
 
 func refuse(r Refusal) Result { return Result{Refusal: &r} }
 
-func (m *Machine) lease(id LeaseID) *lease {
+func (m *state) lease(id LeaseID) *lease {
 	l, _ := m.leases.Get(id)
 	return l
 }
 
-func (m *Machine) acquisition(id LeaseID, req RequestID) *acquisition {
+// acquisition returns what a lease has under a request, or nil.
+func (m *state) acquisition(id LeaseID, req RequestID) *acquisition {
+	if l := m.lease(id); l != nil && l.own {
+		if l.acq != nil && l.acq.request == req {
+			return l.acq
+		}
+		return nil
+	}
 	u, _ := m.acqs.Get(under{lease: id, request: req})
 	return u.acq
 }
 
-func (m *Machine) holder(name string, token fence.Token) *acquisition {
+// enter makes an acquisition the one that its lease has under its request.
+func (m *Machine) enter(l *lease, a *acquisition) {
+	switch {
+	case !l.own:
+		m.acqs.Set(under{a.lease, a.request, a})
+	case l.acq == nil: // the record was made by this command: nobody else has it
+		l.acq = a
+	default:
+		fresh := *l
+		fresh.acq = a
+		m.leases.Set(l.id, &fresh)
+	}
+}
+
+// remove is the reverse of enter. An own lease must be dropped, too.
+func (m *Machine) remove(l *lease, a *acquisition) {
+	if !l.own {
+		m.acqs.Delete(under{lease: a.lease, request: a.request})
+	}
+}
+
+// eachOf calls fn for a lease's acquisitions in order of request, until it
+// returns false.
+func (m *state) eachOf(l *lease, fn func(*acquisition) bool) {
+	if l.own {
+		if l.acq != nil {
+			fn(l.acq)
+		}
+		return
+	}
+	m.acqs.Ascend(under{lease: l.id}, func(u under) bool { return u.lease == l.id && fn(u.acq) })
+}
+
+// ofLease returns the lease's acquisitions in order of request.
+func (m *state) ofLease(l *lease) (list []*acquisition) {
+	m.eachOf(l, func(a *acquisition) bool {
+		list = append(list, a)
+		return true
+	})
+	return list
+}
+
+// eachHolder calls fn for a lock's holders in order of token, until it returns
+// false.
+func (m *state) eachHolder(k *lock, fn func(*acquisition) bool) {
+	switch {
+	case k == nil || k.holders == 0:
+	case k.sole != nil:
+		fn(k.sole)
+	default:
+		m.holders.Ascend(place{key: k.name}, func(p place) bool { return p.key == k.name && fn(p.acq) })
+	}
+}
+
+// addHolder takes a lock that is the caller's to change.
+func (m *Machine) addHolder(k *lock, a *acquisition) {
+	if k.sole != nil {
+		m.holders.Set(place{k.name, uint64(k.sole.token), k.sole})
+		k.sole = nil
+	}
+	if k.holders == 0 {
+		k.sole = a
+	} else {
+		m.holders.Set(place{k.name, uint64(a.token), a})
+	}
+	k.holders++
+	m.holds++
+}
+
+// removeHolder is the reverse of addHolder.
+func (m *Machine) removeHolder(k *lock, a *acquisition) {
+	k.holders--
+	m.holds--
+	if k.sole != nil {
+		k.sole = nil
+		return
+	}
+	m.holders.Delete(place{key: k.name, n: uint64(a.token)})
+	if k.holders == 1 {
+		m.eachHolder(k, func(last *acquisition) bool {
+			k.sole = last
+			return false
+		})
+		m.holders.Delete(place{key: k.name, n: uint64(k.sole.token)})
+	}
+}
+
+// holder returns the hold with a token on a lock, or nil.
+func (m *state) holder(name string, token fence.Token) *acquisition {
+	k := m.lock(name)
+	switch {
+	case k == nil:
+		return nil
+	case k.sole != nil:
+		if k.sole.token == token {
+			return k.sole
+		}
+		return nil
+	}
 	p, _ := m.holders.Get(place{key: name, n: uint64(token)})
 	return p.acq
 }
 
 // hold returns the live hold that has a token, on whatever locks, or nil.
-func (m *Machine) hold(token fence.Token) *acquisition {
-	a, _ := m.tokens.Get(token)
-	return a
-}
-
-// ofLease returns the lease's acquisitions in order of request.
-func (m *Machine) ofLease(id LeaseID) []*acquisition {
-	var list []*acquisition
-	m.acqs.Ascend(under{lease: id}, func(u under) bool {
-		if u.lease != id {
-			return false
-		}
-		list = append(list, u.acq)
-		return true
-	})
-	return list
-}
+func (m *Machine) hold(token fence.Token) *acquisition { return m.tokens[token] }
 
 // byToken sorts acquisitions by token, then place: the order of their events.
 func byToken(list []*acquisition) {
@@ -311,7 +418,7 @@ func (m *Machine) editLock(name string) *lock {
 	return fresh
 }
 
-func (m *Machine) lock(name string) *lock {
+func (m *state) lock(name string) *lock {
 	l, _ := m.locks.Get(name)
 	return l
 }

@@ -35,14 +35,16 @@ func (p *past) lost() bool { return p.token != 0 && p.cause != EndReleased }
 // memory remembers pasts in the order of their end, and finds them by lease,
 // request and token.
 type memory struct {
-	count     uint64  // pasts ever remembered
-	order     []*past // by n; what is in it is not changed, as copies share it
-	byLease   *btree.Map[LeaseID, *past]
-	byRequest *btree.Map[RequestID, *past]
-	byToken   *btree.Map[fence.Token, *past]
+	count uint64  // pasts ever remembered
+	order []*past // by n; what is in it is not changed, as copies share it
 	// traces keep the last token of every lock that a remembered lost hold
 	// was on, so that its holder can be told whether anyone came after.
 	traces *btree.Map[string, trace]
+
+	// Only to look up in, and not copied.
+	byLease   map[LeaseID]*past
+	byRequest map[RequestID]*past
+	byToken   map[fence.Token]*past
 }
 
 type trace struct {
@@ -53,20 +55,18 @@ type trace struct {
 
 func newMemory() memory {
 	return memory{
-		byLease:   &btree.Map[LeaseID, *past]{},
-		byRequest: &btree.Map[RequestID, *past]{},
-		byToken:   &btree.Map[fence.Token, *past]{},
+		byLease:   make(map[LeaseID]*past),
+		byRequest: make(map[RequestID]*past),
+		byToken:   make(map[fence.Token]*past),
 		traces:    &btree.Map[string, trace]{},
 	}
 }
 
+// copy returns what a view shows of it.
 func (m *memory) copy() memory {
-	return memory{
-		// Without room to grow: what either of the two adds, the other must
-		// not see.
-		count: m.count, order: m.order[:len(m.order):len(m.order)], byLease: m.byLease.IsoCopy(), byRequest: m.byRequest.IsoCopy(),
-		byToken: m.byToken.IsoCopy(), traces: m.traces.IsoCopy(),
-	}
+	// Without room to grow: what either of the two adds, the other must not
+	// see.
+	return memory{count: m.count, order: m.order[:len(m.order):len(m.order)], traces: m.traces.IsoCopy()}
 }
 
 func (m *memory) remember(p past) {
@@ -94,13 +94,13 @@ func (m *memory) remember(p past) {
 // index makes a past findable.
 func (m *memory) index(p *past) {
 	if p.leaseEnd {
-		m.byLease.Set(p.lease, p)
+		m.byLease[p.lease] = p
 	}
 	if p.request != 0 {
-		m.byRequest.Set(p.request, p)
+		m.byRequest[p.request] = p
 	}
 	if p.token != 0 {
-		m.byToken.Set(p.token, p)
+		m.byToken[p.token] = p
 	}
 }
 
@@ -108,20 +108,14 @@ func (m *memory) dropOldest() {
 	p := m.order[0]
 	m.order = m.order[1:]
 	// Another past may have taken its place in an index since.
-	if p.leaseEnd {
-		if found, ok := m.byLease.Delete(p.lease); ok && found != p {
-			m.byLease.Set(p.lease, found)
-		}
+	if p.leaseEnd && m.byLease[p.lease] == p {
+		delete(m.byLease, p.lease)
 	}
-	if p.request != 0 {
-		if found, ok := m.byRequest.Delete(p.request); ok && found != p {
-			m.byRequest.Set(p.request, found)
-		}
+	if p.request != 0 && m.byRequest[p.request] == p {
+		delete(m.byRequest, p.request)
 	}
-	if p.token != 0 {
-		if found, ok := m.byToken.Delete(p.token); ok && found != p {
-			m.byToken.Set(p.token, found)
-		}
+	if p.token != 0 && m.byToken[p.token] == p {
+		delete(m.byToken, p.token)
 	}
 	if p.lost() {
 		for _, name := range p.names {
@@ -144,20 +138,9 @@ func (m *memory) forget(through uint64) {
 	}
 }
 
-func (m *memory) lease(id LeaseID) *past {
-	p, _ := m.byLease.Get(id)
-	return p
-}
-
-func (m *memory) request(id RequestID) *past {
-	p, _ := m.byRequest.Get(id)
-	return p
-}
-
-func (m *memory) token(t fence.Token) *past {
-	p, _ := m.byToken.Get(t)
-	return p
-}
+func (m *memory) lease(id LeaseID) *past        { return m.byLease[id] }
+func (m *memory) request(id RequestID) *past    { return m.byRequest[id] }
+func (m *memory) token(token fence.Token) *past { return m.byToken[token] }
 
 // granted notes a grant on a lock that a remembered lost hold was on.
 func (m *memory) granted(name string, token fence.Token) {

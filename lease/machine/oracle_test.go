@@ -480,7 +480,7 @@ func (o *oracle) show() string {
 	return b.String()
 }
 
-func show(m *Machine) string {
+func show(m *state) string {
 	var b strings.Builder
 	m.AscendLeases(0, func(l Lease) bool {
 		fmt.Fprintf(&b, "lease %d own=%v\n", l.ID, l.Own)
@@ -624,10 +624,10 @@ func TestOracle(t *testing.T) {
 			}
 			batch.Term, decoded.Term = 1, 1
 			// Whoever reads a copy is not disturbed.
-			copied, was := m.Copy(), show(m)
+			copied, was := m.Copy(), show(&m.state)
 			want := o.apply(c, 1, LeaseID(m.leaseIDs+1))
 			out := m.Apply(batch)
-			if got := show(copied); got != was {
+			if got := show(&copied.state); got != was {
 				t.Fatalf("a copy changed:\n%s\nwas\n%s", got, was)
 			}
 			got := out.Results[0]
@@ -656,7 +656,7 @@ func TestOracle(t *testing.T) {
 			if got.Waiting != want.waiting || (got.Grant != nil) != want.granted {
 				t.Fatalf("step %d %T%+v: waiting %v granted %v, want %v %v", step, c, c, got.Waiting, got.Grant != nil, want.waiting, want.granted)
 			}
-			if a, b := show(m), o.show(); a != b {
+			if a, b := show(&m.state), o.show(); a != b {
 				t.Fatalf("step %d %T%+v\nmachine:\n%s\noracle:\n%s", step, c, c, a, b)
 			}
 			for i, e := range out.Events {
@@ -668,7 +668,7 @@ func TestOracle(t *testing.T) {
 			twin = restored(t, snapshotOf(t, twin))
 			twin.Apply(decoded)
 			if a, b := snapshotOf(t, m), snapshotOf(t, twin); !bytes.Equal(a, b) {
-				t.Fatalf("step %d %T%+v: the twin differs\n%s\ntwin:\n%s", step, c, c, show(m), show(twin))
+				t.Fatalf("step %d %T%+v: the twin differs\n%s\ntwin:\n%s", step, c, c, show(&m.state), show(&twin.state))
 			}
 		}
 	})

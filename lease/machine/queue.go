@@ -16,12 +16,14 @@ func (m *Machine) enterQueues(l *lease, a *acquisition) {
 	if a.actor != "" {
 		m.actors.Set(place{a.actor, a.place, a})
 	}
-	m.acqs.Set(under{a.lease, a.request, a})
+	m.enter(l, a)
+	m.waits++
 	m.emit(Event{Kind: EventQueued, Lease: l.id, Request: a.request, Owner: l.owner, Mode: a.mode, Locks: named(a.names), Own: l.own})
 }
 
 // dequeue takes an acquisition out of its queues.
 func (m *Machine) dequeue(a *acquisition) {
+	m.waits--
 	for _, name := range a.names {
 		k := m.editLock(name)
 		k.waiters--
@@ -39,7 +41,7 @@ func (m *Machine) dequeue(a *acquisition) {
 // leaveQueues ends a waiting acquisition without a grant. The caller settles.
 func (m *Machine) leaveQueues(l *lease, a *acquisition, cause EndCause, by string) {
 	m.dequeue(a)
-	m.acqs.Delete(under{lease: a.lease, request: a.request})
+	m.remove(l, a)
 	m.dirty = append(m.dirty, a.names...)
 	m.emit(Event{Kind: EventAbandoned, Lease: l.id, Request: a.request, Owner: l.owner, Mode: a.mode, Locks: named(a.names), Cause: cause, By: by, Own: l.own})
 }
@@ -49,13 +51,13 @@ func (m *Machine) leaveQueues(l *lease, a *acquisition, cause EndCause, by strin
 func (m *Machine) endHold(l *lease, a *acquisition, cause EndCause, by string) {
 	delayed := cause != EndReleased && cause != EndUndeclared && a.delay > 0
 	for _, name := range a.names {
-		m.holders.Delete(place{key: name, n: uint64(a.token)})
 		if !delayed && m.lock(name).onlyHeldOnce() {
 			m.locks.Delete(name)
+			m.holds--
 			continue
 		}
 		k := m.editLock(name)
-		k.holders--
+		m.removeHolder(k, a)
 		if a.mode == Shared {
 			k.shared--
 		}
@@ -63,8 +65,9 @@ func (m *Machine) endHold(l *lease, a *acquisition, cause EndCause, by string) {
 			m.dropIfIdle(k)
 		}
 	}
-	m.acqs.Delete(under{lease: a.lease, request: a.request})
-	m.tokens.Delete(a.token)
+	m.remove(l, a)
+	delete(m.tokens, a.token)
+	m.grants--
 	m.dirty = append(m.dirty, a.names...)
 	rev := m.emit(Event{Kind: EventHoldEnded, Lease: l.id, Request: a.request, Owner: l.owner, Token: a.token, Mode: a.mode, Locks: a.locks(), Cause: cause, By: by, Own: l.own})
 	if delayed {
@@ -117,7 +120,8 @@ func (m *Machine) settle() {
 				break
 			}
 			m.dequeue(a)
-			m.grant(m.lease(a.lease), a)
+			granted := *a
+			m.grant(m.lease(a.lease), &granted)
 			for _, other := range a.names {
 				if other != name {
 					m.dirty = append(m.dirty, other)

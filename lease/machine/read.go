@@ -8,21 +8,21 @@ import (
 )
 
 // Revision is that of the last event.
-func (m *Machine) Revision() uint64 { return m.revision }
+func (m *state) Revision() uint64 { return m.revision }
 
 // LastToken is the highest token minted.
-func (m *Machine) LastToken() fence.Token { return fence.Token(m.minted) }
+func (m *state) LastToken() fence.Token { return fence.Token(m.minted) }
 
 // Counts are the sizes of the tables.
-func (m *Machine) Counts() Counts {
+func (m *state) Counts() Counts {
 	return Counts{
-		Leases: m.leases.Len(), Locks: m.locks.Len(), Waiters: m.acqs.Len() - m.tokens.Len(),
-		Holds: m.holders.Len(), Remembered: len(m.memory.order),
+		Leases: m.leases.Len(), Locks: m.locks.Len(), Waiters: m.waits,
+		Holds: m.holds, Remembered: len(m.memory.order),
 	}
 }
 
 // TTL returns the TTL of a live lease.
-func (m *Machine) TTL(id LeaseID) (Duration, bool) {
+func (m *state) TTL(id LeaseID) (Duration, bool) {
 	l := m.lease(id)
 	if l == nil {
 		return 0, false
@@ -31,7 +31,7 @@ func (m *Machine) TTL(id LeaseID) (Duration, bool) {
 }
 
 // Lease shows a live lease.
-func (m *Machine) Lease(id LeaseID) (Lease, bool) {
+func (m *state) Lease(id LeaseID) (Lease, bool) {
 	l := m.lease(id)
 	if l == nil {
 		return Lease{}, false
@@ -39,9 +39,9 @@ func (m *Machine) Lease(id LeaseID) (Lease, bool) {
 	return m.show(l), true
 }
 
-func (m *Machine) show(l *lease) Lease {
+func (m *state) show(l *lease) Lease {
 	out := Lease{ID: l.id, TTL: l.ttl, Owner: l.owner, Metadata: l.metadata, Since: l.since, Own: l.own, Request: l.request}
-	list := m.ofLease(l.id)
+	list := m.ofLease(l)
 	byToken(list)
 	for _, a := range list {
 		if a.token == 0 {
@@ -58,19 +58,19 @@ func (m *Machine) LeaseGone(id LeaseID) *Refusal { return m.leaseGone(id) }
 
 // AscendLeases calls fn for the leases with an id above after, in order,
 // until it returns false.
-func (m *Machine) AscendLeases(after LeaseID, fn func(Lease) bool) {
+func (m *state) AscendLeases(after LeaseID, fn func(Lease) bool) {
 	m.leases.Ascend(after+1, func(_ LeaseID, l *lease) bool { return fn(m.show(l)) })
 }
 
 // EachLease calls fn for every live lease, in order of id, until it returns
 // false.
-func (m *Machine) EachLease(fn func(id LeaseID, ttl Duration) bool) {
+func (m *state) EachLease(fn func(id LeaseID, ttl Duration) bool) {
 	m.leases.Scan(func(_ LeaseID, l *lease) bool { return fn(l.id, l.ttl) })
 }
 
 // EachWaiter calls fn for every waiting acquisition, until it returns false.
 // own tells that its lease was made with it.
-func (m *Machine) EachWaiter(fn func(id LeaseID, own bool, request RequestID) bool) {
+func (m *state) EachWaiter(fn func(id LeaseID, own bool, request RequestID) bool) {
 	m.queues.Scan(func(p place) bool {
 		if a := p.acq; p.key == a.names[0] {
 			l := m.lease(a.lease)
@@ -81,7 +81,7 @@ func (m *Machine) EachWaiter(fn func(id LeaseID, own bool, request RequestID) bo
 }
 
 // EachDelay calls fn for every lock-delay that has not ended.
-func (m *Machine) EachDelay(fn func(name string, d Delay) bool) {
+func (m *state) EachDelay(fn func(name string, d Delay) bool) {
 	m.locks.Scan(func(_ string, k *lock) bool {
 		for _, d := range k.delays {
 			if !fn(k.name, d) {
@@ -96,7 +96,7 @@ func (m *Machine) EachDelay(fn func(name string, d Delay) bool) {
 // with a lease of its own.
 func (m *Machine) Find(id LeaseID, req RequestID) (Result, bool) {
 	if id == 0 {
-		own, ok := m.requests.Get(req)
+		own, ok := m.requests[req]
 		if !ok {
 			return Result{}, false
 		}
@@ -113,7 +113,7 @@ func (m *Machine) Find(id LeaseID, req RequestID) (Result, bool) {
 }
 
 // Explain says what a waiting acquisition waits for; nil when it does not.
-func (m *Machine) Explain(id LeaseID, req RequestID) []Obstacle {
+func (m *state) Explain(id LeaseID, req RequestID) []Obstacle {
 	a := m.acquisition(id, req)
 	if a == nil || a.token != 0 {
 		return nil
@@ -123,7 +123,7 @@ func (m *Machine) Explain(id LeaseID, req RequestID) []Obstacle {
 
 // obstacles lists what stands between a request and its locks; before is its
 // place in the queues, or the highest number for one that is in none.
-func (m *Machine) obstacles(names []string, mode Mode, limit uint32, before uint64) []Obstacle {
+func (m *state) obstacles(names []string, mode Mode, limit uint32, before uint64) []Obstacle {
 	var list []Obstacle
 	for _, name := range names {
 		k := m.lock(name)
@@ -148,19 +148,16 @@ func (m *Machine) obstacles(names []string, mode Mode, limit uint32, before uint
 		if ahead == 0 && k.admits(mode, limit) {
 			continue
 		}
-		m.holders.Ascend(place{key: name}, func(p place) bool {
-			if p.key != name || len(o.Holders) == MaxExplained {
-				return false
-			}
-			o.Holders = append(o.Holders, m.showHolder(name, p.acq))
-			return true
+		m.eachHolder(k, func(a *acquisition) bool {
+			o.Holders = append(o.Holders, m.showHolder(name, a))
+			return len(o.Holders) < MaxExplained
 		})
 		list = append(list, o)
 	}
 	return list
 }
 
-func (m *Machine) showHolder(name string, a *acquisition) Holder {
+func (m *state) showHolder(name string, a *acquisition) Holder {
 	h := Holder{
 		Lease: a.lease, Request: a.request, Token: a.token, Mode: a.mode, Since: a.since,
 		LockDelay: a.delay, Actor: a.actor, Metadata: a.metadata,
@@ -176,7 +173,7 @@ func (m *Machine) showHolder(name string, a *acquisition) Holder {
 	return h
 }
 
-func (m *Machine) showWaiter(a *acquisition) Waiter {
+func (m *state) showWaiter(a *acquisition) Waiter {
 	w := Waiter{Lease: a.lease, Request: a.request, Mode: a.mode, Limit: a.limit, Since: a.since, Actor: a.actor, Metadata: a.metadata}
 	if l := m.lease(a.lease); l != nil {
 		w.Owner = l.owner
@@ -185,7 +182,7 @@ func (m *Machine) showWaiter(a *acquisition) Waiter {
 }
 
 // Lock shows a lock; false when nothing keeps it in existence.
-func (m *Machine) Lock(name string) (Lock, bool) {
+func (m *state) Lock(name string) (Lock, bool) {
 	k := m.lock(name)
 	if k == nil {
 		return Lock{Name: name, Last: m.memory.last(name)}, false
@@ -193,7 +190,7 @@ func (m *Machine) Lock(name string) (Lock, bool) {
 	return m.showLock(k), true
 }
 
-func (m *Machine) showLock(k *lock) Lock {
+func (m *state) showLock(k *lock) Lock {
 	out := Lock{
 		Name: k.name, Delays: k.delays, Declared: k.declared, Clock: k.clock, ExpiresAt: k.expires,
 		Last: k.last, HolderCount: int(k.holders), WaiterCount: int(k.waiters),
@@ -201,12 +198,9 @@ func (m *Machine) showLock(k *lock) Lock {
 	if k.shared > 0 {
 		out.Limit = k.limit
 	}
-	m.holders.Ascend(place{key: k.name}, func(p place) bool {
-		if p.key != k.name || len(out.Holders) == MaxListed {
-			return false
-		}
-		out.Holders = append(out.Holders, m.showHolder(k.name, p.acq))
-		return true
+	m.eachHolder(k, func(a *acquisition) bool {
+		out.Holders = append(out.Holders, m.showHolder(k.name, a))
+		return len(out.Holders) < MaxListed
 	})
 	m.queues.Ascend(place{key: k.name}, func(p place) bool {
 		if p.key != k.name || len(out.Waiters) == MaxListed {
@@ -220,13 +214,13 @@ func (m *Machine) showLock(k *lock) Lock {
 
 // AscendLocks calls fn for the locks with a name of at least from, in order,
 // until it returns false.
-func (m *Machine) AscendLocks(from string, fn func(Lock) bool) {
+func (m *state) AscendLocks(from string, fn func(Lock) bool) {
 	m.locks.Ascend(from, func(_ string, k *lock) bool { return fn(m.showLock(k)) })
 }
 
 // Live returns the highest and the lowest token that hold a lock, 0 when it is
 // free; whether token is one of them; and the last one granted, when known.
-func (m *Machine) Live(name string, token fence.Token) (highest, lowest fence.Token, live bool, last fence.Token) {
+func (m *state) Live(name string, token fence.Token) (highest, lowest fence.Token, live bool, last fence.Token) {
 	highest, lowest = m.live(name)
 	return highest, lowest, m.holder(name, token) != nil, m.lastOn(name)
 }

@@ -11,7 +11,7 @@ const maxTokens = uint64(fence.MaxToken)
 func (m *Machine) abandon(c *Abandon) Result {
 	id := c.Lease
 	if id == 0 {
-		own, ok := m.requests.Get(c.Request)
+		own, ok := m.requests[c.Request]
 		if !ok {
 			// Not here yet, or ended: an Acquire that arrives later is late.
 			if c.Request != 0 && c.Request < AnonymousRequest && m.memory.request(c.Request) == nil {
@@ -123,7 +123,7 @@ func (m *Machine) notHeld(c *Release, end *Ended) *Refusal {
 	return r
 }
 
-func (m *Machine) lastOn(name string) fence.Token {
+func (m *state) lastOn(name string) fence.Token {
 	if k := m.lock(name); k != nil {
 		return k.last
 	}
@@ -150,13 +150,10 @@ func (m *Machine) forceRelease(c *ForceRelease) Result {
 	return Result{}
 }
 
-func (m *Machine) holdersOf(name string) []*acquisition {
-	var list []*acquisition
-	m.holders.Ascend(place{key: name}, func(p place) bool {
-		if p.key == name {
-			list = append(list, p.acq)
-		}
-		return p.key == name
+func (m *state) holdersOf(name string) (list []*acquisition) {
+	m.eachHolder(m.lock(name), func(a *acquisition) bool {
+		list = append(list, a)
+		return true
 	})
 	return list
 }

@@ -22,7 +22,7 @@ const chunkSize = 64 << 10
 
 // Snapshot writes the state as versioned bytes, in chunks that are only valid
 // during the call. Equal states are equal bytes. It fails only if emit does.
-func (m *Machine) Snapshot(emit func(chunk []byte) error) error {
+func (m *state) Snapshot(emit func(chunk []byte) error) error {
 	w := &writer{emit: emit, buf: make([]byte, 0, chunkSize+4096)}
 	w.buf = append(w.buf, snapshotVersion)
 	for _, n := range []uint64{m.minted, m.leaseIDs, m.revision, m.places, m.memory.count} {
@@ -30,8 +30,8 @@ func (m *Machine) Snapshot(emit func(chunk []byte) error) error {
 	}
 	w.table(m.leases.Len())
 	m.leases.Scan(func(_ LeaseID, l *lease) bool { return w.record(l.encode) })
-	w.table(m.acqs.Len())
-	m.acqs.Scan(func(u under) bool { return w.record(u.acq.encode) })
+	w.table(m.waits + m.grants)
+	m.eachAcquisition(func(a *acquisition) bool { return w.record(a.encode) })
 	w.table(m.locks.Len())
 	m.locks.Scan(func(_ string, k *lock) bool { return w.record(k.encode) })
 	w.table(len(m.memory.order))
@@ -62,37 +62,56 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 		ascending(d, m.leases, l.id)
 		m.leases.Set(l.id, l)
 		if l.request != 0 {
-			m.requests.Set(l.request, l.id)
+			m.requests[l.request] = l.id
 		}
 	})
+	var before under
+	first := make(map[string]*acquisition) // holder read of a lock
 	r.table(func(d *decoder) {
 		a := decodeAcquisition(d)
-		if d.err == nil && m.lease(a.lease) == nil {
+		if d.err != nil {
+			return
+		}
+		l := m.lease(a.lease)
+		if l == nil || l.own && l.acq != nil {
 			d.fail("an acquisition without a lease")
 			return
 		}
 		entry := under{a.lease, a.request, a}
-		if last, ok := m.acqs.Max(); ok && !lessUnder(last, entry) {
+		if !lessUnder(before, entry) {
 			d.fail("records out of order")
 		}
-		m.acqs.Set(entry)
-		if a.token != 0 {
-			m.tokens.Set(a.token, a)
-		}
-		for _, name := range a.names {
-			if a.token != 0 {
-				m.holders.Set(place{name, uint64(a.token), a})
-			} else {
+		before = entry
+		m.enter(l, a)
+		if a.token == 0 {
+			m.waits++
+			for _, name := range a.names {
 				m.queues.Set(place{name, a.place, a})
 			}
+			if a.actor != "" {
+				m.actors.Set(place{a.actor, a.place, a})
+			}
+			return
 		}
-		if a.token == 0 && a.actor != "" {
-			m.actors.Set(place{a.actor, a.place, a})
+		m.grants++
+		m.tokens[a.token] = a
+		for _, name := range a.names {
+			m.holds++
+			other := first[name]
+			if other == nil {
+				first[name] = a
+				continue
+			}
+			m.holders.Set(place{name, uint64(other.token), other})
+			m.holders.Set(place{name, uint64(a.token), a})
 		}
 	})
 	r.table(func(d *decoder) {
 		k := decodeLock(d)
 		ascending(d, m.locks, k.name)
+		if k.holders == 1 {
+			k.sole = first[k.name]
+		}
 		m.locks.Set(k.name, k)
 	})
 	r.table(func(d *decoder) {
@@ -136,13 +155,9 @@ func (m *Machine) check() error {
 	if last, _, ok := m.leases.Max(); ok && uint64(last) > m.leaseIDs {
 		bad("lease %d was never made", last)
 	}
-	granted, places := 0, 0
-	m.acqs.Scan(func(u under) bool {
-		a := u.acq
+	places := 0
+	m.eachAcquisition(func(a *acquisition) bool {
 		places += len(a.names)
-		if a.token != 0 {
-			granted++
-		}
 		if uint64(a.token) > m.minted || a.place > m.places {
 			return bad("an acquisition of lease %d was never made", a.lease)
 		}
@@ -153,26 +168,26 @@ func (m *Machine) check() error {
 		}
 		return true
 	})
-	if err == nil && (granted != m.tokens.Len() || places != m.holders.Len()+m.queues.Len()) {
+	if err == nil && (m.grants != len(m.tokens) || places != m.holds+m.queues.Len()) {
 		bad("two acquisitions with one token or place")
 	}
 	holders, queued := 0, 0
 	m.locks.Scan(func(_ string, k *lock) bool {
 		shared := 0
 		n := 0
-		m.holders.Ascend(place{key: k.name}, func(p place) bool {
-			if p.key != k.name {
-				return false
-			}
+		m.eachHolder(k, func(a *acquisition) bool {
 			n++
-			if p.acq.mode == Shared {
+			if a.mode == Shared {
 				shared++
 			}
-			if p.acq.mode != k.mode || uint64(p.acq.token) > m.minted {
+			if a.mode != k.mode || uint64(a.token) > m.minted {
 				n = -1 << 30
 			}
 			return true
 		})
+		if several := m.severalHold(k.name); n < 2 == several {
+			n = -1 << 30
+		}
 		waiters := 0
 		m.queues.Ascend(place{key: k.name}, func(p place) bool {
 			if p.key != k.name {
@@ -190,10 +205,32 @@ func (m *Machine) check() error {
 		holders, queued = holders+n, queued+waiters
 		return true
 	})
-	if err == nil && (holders != m.holders.Len() || queued != m.queues.Len()) {
+	if err == nil && (holders != m.holds || queued != m.queues.Len()) {
 		bad("holders or waiters of a lock that is not there")
 	}
 	return err
+}
+
+// severalHold reports whether the table of holders knows the lock.
+func (m *state) severalHold(name string) (found bool) {
+	m.holders.Ascend(place{key: name}, func(p place) bool {
+		found = p.key == name
+		return false
+	})
+	return found
+}
+
+// eachAcquisition calls fn for all, by lease and request, until it returns
+// false.
+func (m *state) eachAcquisition(fn func(*acquisition) bool) {
+	m.leases.Scan(func(_ LeaseID, l *lease) bool {
+		more := true
+		m.eachOf(l, func(a *acquisition) bool {
+			more = fn(a)
+			return more
+		})
+		return more
+	})
 }
 
 func (l *lease) encode(e *encoder) {

@@ -62,7 +62,7 @@ func transcript(t *testing.T, text string) string {
 		for _, e := range result.Events {
 			fmt.Fprintf(&out, "event %d %s\n", e.Revision, describeEvent(e))
 		}
-		for _, line := range strings.Split(strings.TrimSpace(show(m)), "\n") {
+		for _, line := range strings.Split(strings.TrimSpace(show(&m.state)), "\n") {
 			if line != "" {
 				fmt.Fprintf(&out, "  %s\n", line)
 			}

@@ -163,7 +163,7 @@ func (n *node) apply(e *entry, index uint64) machine.Outcome {
 	batch.Term = e.term
 	out := n.store.Apply(batch)
 	hash := fnv.New64a()
-	var v *machine.Machine
+	var v *machine.View
 	n.store.Read(func(m *machine.Machine) {
 		fmt.Fprint(hash, m.Revision(), m.LastToken(), m.Counts())
 		if index%16 == 0 {
