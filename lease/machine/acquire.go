@@ -2,6 +2,7 @@ package machine
 
 import (
 	"slices"
+	"unique"
 
 	"github.com/distlock/distlock/fence"
 )
@@ -22,12 +23,12 @@ func (m *Machine) acquire(c *Acquire) Result {
 		if l = m.lease(c.Lease); l == nil {
 			return Result{Refusal: m.leaseGone(c.Lease)}
 		}
-		if l.own {
+		if l.own() {
 			return refuse(Refusal{Reason: ReasonInvalid, Field: "lease_id", Lease: l.id})
 		}
 		if c.Request < AnonymousRequest {
 			l = m.raiseLowest(l, c.LowestOpen)
-			seq := l.sequence()
+			seq := l.session
 			if _, found := slices.BinarySearch(seq.ended, c.Request); found || c.Request < seq.lowest {
 				return refuse(Refusal{Reason: ReasonRequestEnded, Lease: l.id})
 			}
@@ -75,14 +76,16 @@ func (m *Machine) acquire(c *Acquire) Result {
 			}
 		}
 	}
-	if l == nil {
-		l = m.makeLease(c.Request, c.TTL, c.Owner, nil, true)
-	}
 	m.places++
 	a := &acquisition{
-		lease: l.id, request: c.Request, place: m.places, names: c.Names, mode: c.Mode, limit: c.Limit,
-		since: m.stamp, extras: extrasOf(c.LockDelay, c.Actor, c.Metadata),
+		request: c.Request, place: m.places, since: m.stamp,
+		terms: termsOf(c.Mode, c.Limit, c.LockDelay, c.Actor, c.Metadata),
 	}
+	a.setNames(c.Names)
+	if l == nil {
+		l = m.makeLease(&lease{ttl: c.TTL, owner: unique.Make(c.Owner), acq: a})
+	}
+	a.lease = l.id
 	if !free {
 		m.enterQueues(l, a)
 		return Result{Lease: l.id, Waiting: true}
@@ -130,7 +133,7 @@ func (m *Machine) refuseAcquire(c *Acquire, l *lease, r Refusal) Result {
 
 // again answers a repeat of a request that is waiting or granted.
 func (m *Machine) again(c *Acquire, id LeaseID, a *acquisition) Result {
-	if a == nil || !slices.Equal(a.names, c.Names) || a.mode != c.Mode || a.limit != c.Limit {
+	if a == nil || !slices.Equal(a.names(), c.Names) || a.mode != c.Mode || a.limit != c.Limit {
 		return refuse(Refusal{Reason: ReasonRequestMismatch, Lease: id})
 	}
 	if a.token == 0 {
@@ -145,8 +148,8 @@ func (a *acquisition) granted() *Grant {
 }
 
 func (a *acquisition) locks() []GrantedLock {
-	list := make([]GrantedLock, len(a.names))
-	for i, name := range a.names {
+	list := make([]GrantedLock, len(a.names()))
+	for i, name := range a.names() {
 		list[i] = GrantedLock{Name: name, Floor: a.floor(i), Clock: a.clock(i)}
 	}
 	return list
@@ -173,7 +176,7 @@ func (k *lock) admits(mode Mode, limit uint32) bool {
 		return false
 	case k.holders == 0:
 		return true
-	case mode == Exclusive || k.mode == Exclusive:
+	case mode == Exclusive || k.mode() == Exclusive:
 		return false
 	}
 	return limit == 0 || int64(k.holders) < int64(limit)
@@ -184,17 +187,15 @@ func (k *lock) admits(mode Mode, limit uint32) bool {
 func (m *Machine) grant(l *lease, a *acquisition) {
 	m.minted++
 	a.token, a.since = fence.Token(m.minted), m.stamp
-	for i, name := range a.names {
+	for i, name := range a.names() {
 		k := m.editLock(name)
 		m.eachHolder(k, func(other *acquisition) bool {
 			a.setFloor(i, other.token) // shared with others: the lowest of them
 			return false
 		})
 		m.addHolder(k, a)
-		k.mode = a.mode
 		if a.mode == Shared {
-			k.shared++
-			k.limit = a.limit
+			k.share(1, a.limit)
 		}
 		k.last = a.token
 		if k.declared {
@@ -206,30 +207,30 @@ func (m *Machine) grant(l *lease, a *acquisition) {
 	m.enter(l, a)
 	m.tokens[a.token] = a
 	m.grants++
-	m.emit(Event{Kind: EventGranted, Lease: l.id, Request: a.request, Owner: l.owner, Token: a.token, Mode: a.mode, Locks: a.locks(), TTL: l.ttl, Own: l.own})
+	m.emit(Event{Kind: EventGranted, Lease: l.id, Request: a.request, Owner: l.owner.Value(), Token: a.token, Mode: a.mode, Locks: a.locks(), TTL: l.ttl, Own: l.own()})
 }
 
 func (a *acquisition) setFloor(i int, floor fence.Token) {
-	own := *a.extras
+	own := *a.terms
 	own.floors = slices.Clone(own.floors)
 	if own.floors == nil {
-		own.floors = make([]fence.Token, len(a.names))
+		own.floors = make([]fence.Token, len(a.names()))
 		for j := range own.floors {
 			own.floors[j] = a.token
 		}
 	}
 	own.floors[i] = floor
-	a.extras = &own
+	a.terms = &own
 }
 
 func (a *acquisition) setClock(i int, clock uint64) {
-	own := *a.extras
+	own := *a.terms
 	own.clocks = slices.Clone(own.clocks)
 	if own.clocks == nil {
-		own.clocks = make([]uint64, len(a.names))
+		own.clocks = make([]uint64, len(a.names()))
 	}
 	own.clocks[i] = clock
-	a.extras = &own
+	a.terms = &own
 }
 
 // live returns the highest and the lowest token that hold a lock now.

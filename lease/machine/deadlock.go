@@ -49,7 +49,7 @@ func (s *search) visit(a *acquisition) bool {
 		return false
 	}
 	s.seen[a.place] = true
-	if a.token == 0 && s.blocked(a.names, a.place, Link{Actor: a.actor, Lease: a.lease}) {
+	if a.token == 0 && s.blocked(a.names(), a.place, Link{Actor: a.actor, Lease: a.lease}) {
 		return true
 	}
 	if a.actor == "" {
@@ -58,7 +58,7 @@ func (s *search) visit(a *acquisition) bool {
 	for _, w := range s.m.waitsOf(a.actor) {
 		if !s.seen[w.place] {
 			s.seen[w.place] = true
-			if s.blocked(w.names, w.place, Link{Actor: w.actor, Lease: w.lease}) {
+			if s.blocked(w.names(), w.place, Link{Actor: w.actor, Lease: w.lease}) {
 				return true
 			}
 		}

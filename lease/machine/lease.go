@@ -2,6 +2,7 @@ package machine
 
 import (
 	"slices"
+	"unique"
 
 	"github.com/distlock/distlock/fence"
 )
@@ -13,7 +14,7 @@ func (m *Machine) grantLease(c *GrantLease) Result {
 	if c.Request != 0 {
 		if id, ok := m.requests[c.Request]; ok {
 			l := m.lease(id)
-			if l.own || l.ttl != c.TTL || l.owner != c.Owner {
+			if l.own() || l.ttl != c.TTL || l.owner.Value() != c.Owner {
 				return refuse(Refusal{Reason: ReasonRequestMismatch, Lease: l.id})
 			}
 			return Result{Lease: l.id}
@@ -22,21 +23,22 @@ func (m *Machine) grantLease(c *GrantLease) Result {
 			return refuse(Refusal{Reason: ReasonRequestEnded, Lease: end.lease, Ended: end.ended()})
 		}
 	}
-	l := m.makeLease(c.Request, c.TTL, c.Owner, c.Metadata, false)
+	l := m.makeLease(&lease{ttl: c.TTL, owner: unique.Make(c.Owner), session: &session{
+		request: c.Request, metadata: c.Metadata, after: fence.Token(m.minted),
+	}})
 	return Result{Lease: l.id}
 }
 
-func (m *Machine) makeLease(req RequestID, ttl Duration, owner string, metadata []Meta, own bool) *lease {
+// makeLease gives a lease its id and enters it.
+func (m *Machine) makeLease(l *lease) *lease {
 	m.leaseIDs++
-	l := &lease{
-		id: LeaseID(m.leaseIDs), ttl: ttl, owner: owner, metadata: metadata,
-		since: m.stamp, own: own, request: req, after: fence.Token(m.minted),
-	}
+	l.id, l.since = LeaseID(m.leaseIDs), m.stamp
 	m.leases.Set(l.id, l)
-	if req != 0 {
-		m.requests[req] = l.id
+	request := l.request()
+	if request != 0 {
+		m.requests[request] = l.id
 	}
-	m.emit(Event{Kind: EventLeaseGranted, Lease: l.id, Request: req, Owner: owner, TTL: ttl, Own: own})
+	m.emit(Event{Kind: EventLeaseGranted, Lease: l.id, Request: request, Owner: l.owner.Value(), TTL: l.ttl, Own: l.own()})
 	return l
 }
 
@@ -87,25 +89,23 @@ func (m *Machine) endLease(l *lease, cause EndCause, by string) {
 			m.endHold(l, a, cause, by)
 		}
 	}
-	m.dropLease(l, cause, by, list)
+	m.dropLease(l, cause, by)
 }
 
-// dropLease takes a lease without acquisitions out of the tables. ended are
-// the acquisitions that ended with it.
-func (m *Machine) dropLease(l *lease, cause EndCause, by string, ended []*acquisition) {
+// dropLease takes a lease, whose acquisitions have ended, out of the tables.
+func (m *Machine) dropLease(l *lease, cause EndCause, by string) {
 	m.leases.Delete(l.id)
-	if l.request != 0 {
-		delete(m.requests, l.request)
+	request := l.request()
+	if request != 0 {
+		delete(m.requests, request)
 	}
-	rev := m.emit(Event{Kind: EventLeaseEnded, Lease: l.id, Request: l.request, Owner: l.owner, Cause: cause, By: by, Own: l.own})
+	rev := m.emit(Event{Kind: EventLeaseEnded, Lease: l.id, Request: request, Owner: l.owner.Value(), Cause: cause, By: by, Own: l.own()})
 	end := past{revision: rev, lease: l.id, leaseEnd: true, cause: cause, by: by, at: m.stamp}
-	if l.request&AnonymousRequest == 0 {
-		end.request = l.request
+	if request&AnonymousRequest == 0 {
+		end.request = request
 	}
-	if l.own {
-		for _, a := range ended {
-			end.token, end.names = a.token, a.names
-		}
+	if l.own() {
+		end.token, end.names = l.acq.token, l.acq.names()
 	}
 	m.memory.remember(end)
 }
@@ -113,40 +113,33 @@ func (m *Machine) dropLease(l *lease, cause EndCause, by string, ended []*acquis
 // endedUnder marks a sequence number as ended under a live lease, so that a
 // late duplicate is refused.
 func (m *Machine) endedUnder(l *lease, req RequestID) {
-	if l.own || req == 0 || req >= AnonymousRequest {
+	if l.own() || req == 0 || req >= AnonymousRequest {
 		return
 	}
-	seq := l.sequence()
+	seq := *l.session
 	at, found := slices.BinarySearch(seq.ended, req)
 	if found || req < seq.lowest {
 		return
 	}
 	seq.ended = slices.Insert(slices.Clone(seq.ended), at, req)
-	m.setSequence(l, seq)
+	m.setSession(l, &seq)
 }
 
 // raiseLowest moves the lowest open sequence number up.
 func (m *Machine) raiseLowest(l *lease, lowest RequestID) *lease {
-	seq := l.sequence()
+	seq := *l.session
 	if lowest <= seq.lowest {
 		return l
 	}
 	seq.lowest = lowest
 	at, _ := slices.BinarySearch(seq.ended, lowest)
 	seq.ended = slices.Clone(seq.ended[at:])
-	return m.setSequence(l, seq)
+	return m.setSession(l, &seq)
 }
 
-func (l *lease) sequence() sequence {
-	if l.seq == nil {
-		return sequence{}
-	}
-	return *l.seq
-}
-
-func (m *Machine) setSequence(l *lease, seq sequence) *lease {
+func (m *Machine) setSession(l *lease, s *session) *lease {
 	fresh := *l
-	fresh.seq = &seq
+	fresh.session = s
 	m.leases.Set(l.id, &fresh)
 	return &fresh
 }
@@ -154,11 +147,11 @@ func (m *Machine) setSequence(l *lease, seq sequence) *lease {
 // recordForced keeps, on a live lease, that one of its holds was broken.
 func (m *Machine) recordForced(id LeaseID, token fence.Token, end Ended) {
 	l := m.lease(id)
-	seq := l.sequence()
+	seq := *l.session
 	list := slices.Clone(seq.forced)
 	if len(list) == maxForced {
 		list = list[1:]
 	}
 	seq.forced = append(list, forced{token, end})
-	m.setSequence(l, seq)
+	m.setSession(l, &seq)
 }

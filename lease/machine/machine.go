@@ -9,6 +9,7 @@ package machine
 
 import (
 	"sort"
+	"unique"
 
 	"github.com/tidwall/btree"
 
@@ -56,22 +57,34 @@ type state struct {
 	memory  memory
 }
 
-// lease is the record of a live lease.
+// lease is the record of a live lease: of its own, made with an acquisition
+// and ended with it, or of a client's session.
 type lease struct {
-	id       LeaseID
-	ttl      Duration
-	owner    string
-	metadata []Meta
-	since    int64
-	request  RequestID
-	after    fence.Token  // highest token minted before the lease was made
-	seq      *sequence    // nil until a sequence number is used or a hold forced
-	acq      *acquisition // of an own lease
-	own      bool         // made with an acquisition, ends with it
+	id      LeaseID
+	ttl     Duration
+	owner   unique.Handle[string] // there are few, of many leases each
+	since   int64
+	acq     *acquisition // of an own lease
+	session *session     // nil for an own lease
 }
 
-// sequence is what a lease remembers of its requests (RIFL).
-type sequence struct {
+func (l *lease) own() bool { return l.session == nil }
+
+// request made the lease; 0 for none.
+func (l *lease) request() RequestID {
+	if l.own() {
+		return l.acq.request
+	}
+	return l.session.request
+}
+
+// session is what a client's lease has. It is replaced, never changed.
+type session struct {
+	request  RequestID // made it
+	metadata []Meta
+	after    fence.Token // highest token minted before the lease was made
+
+	// What it remembers of its requests (RIFL).
 	lowest RequestID   // ids below it are refused
 	ended  []RequestID // ids at or above lowest that have ended, sorted
 	forced []forced    // holds force-released under the live lease, oldest first
@@ -94,61 +107,96 @@ type acquisition struct {
 	request RequestID
 	place   uint64 // in its queues; order of arrival, store-wide
 	token   fence.Token
-	names   []string
 	since   int64
-	*extras // never nil; replaced, never changed
-	limit   uint32
-	mode    Mode
+	*terms  // never nil; replaced, never changed
+	name    [1]string
 }
 
-// extras are what most acquisitions do not have: they share plain.
-type extras struct {
-	floors   []fence.Token // by name, when they differ from token
-	clocks   []uint64      // by name, when a lock is declared
+// names are the locks asked for, in order. Nobody may change them.
+func (a *acquisition) names() []string {
+	if a.several != nil {
+		return a.several
+	}
+	return a.name[:]
+}
+
+func (a *acquisition) setNames(names []string) {
+	if len(names) == 1 {
+		a.name[0] = names[0]
+		return
+	}
+	own := *a.terms
+	own.several = names
+	a.terms = &own
+}
+
+// terms are those of an acquisition. Most have plain ones and share them.
+type terms struct {
+	mode     Mode
+	limit    uint32
 	delay    Duration
 	actor    string
 	metadata []Meta
+	several  []string      // the locks, when there are more than one
+	floors   []fence.Token // by name, when they differ from token
+	clocks   []uint64      // by name, when a lock is declared
 }
 
-var plain = &extras{}
+var plain = [...]*terms{Exclusive: {mode: Exclusive}, Shared: {mode: Shared}}
 
-func extrasOf(delay Duration, actor string, metadata []Meta) *extras {
-	if delay == 0 && actor == "" && len(metadata) == 0 {
-		return plain
+func termsOf(mode Mode, limit uint32, delay Duration, actor string, metadata []Meta) *terms {
+	if limit == 0 && delay == 0 && actor == "" && len(metadata) == 0 {
+		return plain[mode]
 	}
-	return &extras{delay: delay, actor: actor, metadata: metadata}
+	return &terms{mode: mode, limit: limit, delay: delay, actor: actor, metadata: metadata}
 }
 
 // lock is the record of a lock that is held, waited for, delayed or declared.
 type lock struct {
-	name     string
-	last     fence.Token
-	sole     *acquisition // the holder, while holders is 1
-	*history              // never nil; replaced, never changed
-	holders  int32
-	waiters  int32
+	name    string
+	last    fence.Token
+	sole    *acquisition // the holder, while holders is 1
+	*traits              // never nil; replaced, never changed
+	holders int32
+	waiters int32
+}
+
+// traits are what most locks do not have: they share noTraits.
+type traits struct {
 	shared   int32  // holders and waiters in shared mode: while > 0 limit is the lock's
 	limit    uint32 // meaningful while shared > 0
-	mode     Mode   // of the holders, while holders > 0
 	declared bool
+	clock    uint64 // of a declared lock
+	expires  int64  // of a declared lock's last grant
+	delays   []Delay
 }
 
-// history is what most locks do not have: they share noHistory.
-type history struct {
-	delays  []Delay
-	clock   uint64 // of a declared lock
-	expires int64  // of a declared lock's last grant
+var noTraits = &traits{}
+
+// change gives the lock, which is the caller's to change, other traits.
+func (l *lock) change(fn func(*traits)) {
+	own := *l.traits
+	fn(&own)
+	l.traits = &own
 }
 
-var noHistory = &history{}
+// share counts n holders or waiters more in shared mode, who agree on a limit.
+func (l *lock) share(n int32, limit uint32) {
+	l.change(func(t *traits) { t.shared, t.limit = t.shared+n, limit })
+}
 
-// setClock replaces the clock of a declared lock, and when it expires.
 func (l *lock) setClock(clock uint64, expires int64) {
-	l.history = &history{delays: l.delays, clock: clock, expires: expires}
+	l.change(func(t *traits) { t.clock, t.expires = clock, expires })
 }
 
-func (l *lock) setDelays(list []Delay) {
-	l.history = &history{delays: list, clock: l.clock, expires: l.expires}
+func (l *lock) setDelays(list []Delay) { l.change(func(t *traits) { t.delays = list }) }
+
+// mode is that of the holders, of whom there is one at least.
+func (l *lock) mode() Mode {
+	if l.sole != nil {
+		return l.sole.mode
+	}
+	return Shared // as several hold it
 }
 
 // place is an acquisition's entry in an ordered table: of a lock's holders by
@@ -278,8 +326,8 @@ func (m *state) lease(id LeaseID) *lease {
 
 // acquisition returns what a lease has under a request, or nil.
 func (m *state) acquisition(id LeaseID, req RequestID) *acquisition {
-	if l := m.lease(id); l != nil && l.own {
-		if l.acq != nil && l.acq.request == req {
+	if l := m.lease(id); l != nil && l.own() {
+		if l.acq.request == req {
 			return l.acq
 		}
 		return nil
@@ -291,11 +339,9 @@ func (m *state) acquisition(id LeaseID, req RequestID) *acquisition {
 // enter makes an acquisition the one that its lease has under its request.
 func (m *Machine) enter(l *lease, a *acquisition) {
 	switch {
-	case !l.own:
+	case !l.own():
 		m.acqs.Set(under{a.lease, a.request, a})
-	case l.acq == nil: // the record was made by this command: nobody else has it
-		l.acq = a
-	default:
+	case l.acq != a: // with which the lease was made
 		fresh := *l
 		fresh.acq = a
 		m.leases.Set(l.id, &fresh)
@@ -304,7 +350,7 @@ func (m *Machine) enter(l *lease, a *acquisition) {
 
 // remove is the reverse of enter. An own lease must be dropped, too.
 func (m *Machine) remove(l *lease, a *acquisition) {
-	if !l.own {
+	if !l.own() {
 		m.acqs.Delete(under{lease: a.lease, request: a.request})
 	}
 }
@@ -312,10 +358,8 @@ func (m *Machine) remove(l *lease, a *acquisition) {
 // eachOf calls fn for a lease's acquisitions in order of request, until it
 // returns false.
 func (m *state) eachOf(l *lease, fn func(*acquisition) bool) {
-	if l.own {
-		if l.acq != nil {
-			fn(l.acq)
-		}
+	if l.own() {
+		fn(l.acq)
 		return
 	}
 	m.acqs.Ascend(under{lease: l.id}, func(u under) bool { return u.lease == l.id && fn(u.acq) })
@@ -408,7 +452,7 @@ func byToken(list []*acquisition) {
 // the table. The copy belongs to the caller until the next Copy.
 func (m *Machine) editLock(name string) *lock {
 	old, ok := m.locks.Get(name)
-	fresh := &lock{name: name, history: noHistory}
+	fresh := &lock{name: name, traits: noTraits}
 	if ok {
 		*fresh = *old
 	} else {

@@ -4,12 +4,11 @@ package machine
 // locks, in one step: that two such requests enter atomically is why they
 // cannot deadlock each other.
 func (m *Machine) enterQueues(l *lease, a *acquisition) {
-	for _, name := range a.names {
+	for _, name := range a.names() {
 		k := m.editLock(name)
 		k.waiters++
 		if a.mode == Shared {
-			k.shared++
-			k.limit = a.limit
+			k.share(1, a.limit)
 		}
 		m.queues.Set(place{name, a.place, a})
 	}
@@ -18,17 +17,17 @@ func (m *Machine) enterQueues(l *lease, a *acquisition) {
 	}
 	m.enter(l, a)
 	m.waits++
-	m.emit(Event{Kind: EventQueued, Lease: l.id, Request: a.request, Owner: l.owner, Mode: a.mode, Locks: named(a.names), Own: l.own})
+	m.emit(Event{Kind: EventQueued, Lease: l.id, Request: a.request, Owner: l.owner.Value(), Mode: a.mode, Locks: named(a.names()), Own: l.own()})
 }
 
 // dequeue takes an acquisition out of its queues.
 func (m *Machine) dequeue(a *acquisition) {
 	m.waits--
-	for _, name := range a.names {
+	for _, name := range a.names() {
 		k := m.editLock(name)
 		k.waiters--
 		if a.mode == Shared {
-			k.shared--
+			k.share(-1, k.limit)
 		}
 		m.queues.Delete(place{key: name, n: a.place})
 		m.dropIfIdle(k)
@@ -42,15 +41,15 @@ func (m *Machine) dequeue(a *acquisition) {
 func (m *Machine) leaveQueues(l *lease, a *acquisition, cause EndCause, by string) {
 	m.dequeue(a)
 	m.remove(l, a)
-	m.dirty = append(m.dirty, a.names...)
-	m.emit(Event{Kind: EventAbandoned, Lease: l.id, Request: a.request, Owner: l.owner, Mode: a.mode, Locks: named(a.names), Cause: cause, By: by, Own: l.own})
+	m.dirty = append(m.dirty, a.names()...)
+	m.emit(Event{Kind: EventAbandoned, Lease: l.id, Request: a.request, Owner: l.owner.Value(), Mode: a.mode, Locks: named(a.names()), Cause: cause, By: by, Own: l.own()})
 }
 
 // endHold ends a granted acquisition. Its locks are delayed if it was lost.
 // The caller settles.
 func (m *Machine) endHold(l *lease, a *acquisition, cause EndCause, by string) {
 	delayed := cause != EndReleased && cause != EndUndeclared && a.delay > 0
-	for _, name := range a.names {
+	for _, name := range a.names() {
 		if !delayed && m.lock(name).onlyHeldOnce() {
 			m.locks.Delete(name)
 			m.holds--
@@ -59,7 +58,7 @@ func (m *Machine) endHold(l *lease, a *acquisition, cause EndCause, by string) {
 		k := m.editLock(name)
 		m.removeHolder(k, a)
 		if a.mode == Shared {
-			k.shared--
+			k.share(-1, k.limit)
 		}
 		if !delayed {
 			m.dropIfIdle(k)
@@ -68,15 +67,15 @@ func (m *Machine) endHold(l *lease, a *acquisition, cause EndCause, by string) {
 	m.remove(l, a)
 	delete(m.tokens, a.token)
 	m.grants--
-	m.dirty = append(m.dirty, a.names...)
-	rev := m.emit(Event{Kind: EventHoldEnded, Lease: l.id, Request: a.request, Owner: l.owner, Token: a.token, Mode: a.mode, Locks: a.locks(), Cause: cause, By: by, Own: l.own})
+	m.dirty = append(m.dirty, a.names()...)
+	rev := m.emit(Event{Kind: EventHoldEnded, Lease: l.id, Request: a.request, Owner: l.owner.Value(), Token: a.token, Mode: a.mode, Locks: a.locks(), Cause: cause, By: by, Own: l.own()})
 	if delayed {
-		for _, name := range a.names {
+		for _, name := range a.names() {
 			m.startDelay(name, a.delay)
 		}
 	}
-	if !l.own { // an own lease is remembered with its one hold
-		m.memory.remember(past{revision: rev, lease: l.id, token: a.token, names: a.names, cause: cause, by: by, at: m.stamp})
+	if !l.own() { // an own lease is remembered with its one hold
+		m.memory.remember(past{revision: rev, lease: l.id, token: a.token, names: a.names(), cause: cause, by: by, at: m.stamp})
 	}
 }
 
@@ -122,7 +121,7 @@ func (m *Machine) settle() {
 			m.dequeue(a)
 			granted := *a
 			m.grant(m.lease(a.lease), &granted)
-			for _, other := range a.names {
+			for _, other := range a.names() {
 				if other != name {
 					m.dirty = append(m.dirty, other)
 				}
@@ -151,7 +150,7 @@ func (m *Machine) grantable(a *acquisition) bool {
 	if m.minted >= maxTokens {
 		return false
 	}
-	for _, name := range a.names {
+	for _, name := range a.names() {
 		if m.head(name) != a || !m.lock(name).admits(a.mode, a.limit) {
 			return false
 		}

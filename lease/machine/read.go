@@ -40,12 +40,15 @@ func (m *state) Lease(id LeaseID) (Lease, bool) {
 }
 
 func (m *state) show(l *lease) Lease {
-	out := Lease{ID: l.id, TTL: l.ttl, Owner: l.owner, Metadata: l.metadata, Since: l.since, Own: l.own, Request: l.request}
+	out := Lease{ID: l.id, TTL: l.ttl, Owner: l.owner.Value(), Since: l.since, Own: l.own(), Request: l.request()}
+	if !l.own() {
+		out.Metadata = l.session.metadata
+	}
 	list := m.ofLease(l)
 	byToken(list)
 	for _, a := range list {
 		if a.token == 0 {
-			out.Waits = append(out.Waits, Wait{Request: a.request, Names: a.names, Mode: a.mode, Since: a.since})
+			out.Waits = append(out.Waits, Wait{Request: a.request, Names: a.names(), Mode: a.mode, Since: a.since})
 		} else {
 			out.Holds = append(out.Holds, *a.granted())
 		}
@@ -72,9 +75,9 @@ func (m *state) EachLease(fn func(id LeaseID, ttl Duration) bool) {
 // own tells that its lease was made with it.
 func (m *state) EachWaiter(fn func(id LeaseID, own bool, request RequestID) bool) {
 	m.queues.Scan(func(p place) bool {
-		if a := p.acq; p.key == a.names[0] {
+		if a := p.acq; p.key == a.names()[0] {
 			l := m.lease(a.lease)
-			return fn(a.lease, l != nil && l.own, a.request)
+			return fn(a.lease, l != nil && l.own(), a.request)
 		}
 		return true
 	})
@@ -118,7 +121,7 @@ func (m *state) Explain(id LeaseID, req RequestID) []Obstacle {
 	if a == nil || a.token != 0 {
 		return nil
 	}
-	return m.obstacles(a.names, a.mode, a.limit, a.place)
+	return m.obstacles(a.names(), a.mode, a.limit, a.place)
 }
 
 // obstacles lists what stands between a request and its locks; before is its
@@ -163,9 +166,9 @@ func (m *state) showHolder(name string, a *acquisition) Holder {
 		LockDelay: a.delay, Actor: a.actor, Metadata: a.metadata,
 	}
 	if l := m.lease(a.lease); l != nil {
-		h.Owner = l.owner
+		h.Owner = l.owner.Value()
 	}
-	for i, n := range a.names {
+	for i, n := range a.names() {
 		if n == name {
 			h.Floor = a.floor(i)
 		}
@@ -176,7 +179,7 @@ func (m *state) showHolder(name string, a *acquisition) Holder {
 func (m *state) showWaiter(a *acquisition) Waiter {
 	w := Waiter{Lease: a.lease, Request: a.request, Mode: a.mode, Limit: a.limit, Since: a.since, Actor: a.actor, Metadata: a.metadata}
 	if l := m.lease(a.lease); l != nil {
-		w.Owner = l.owner
+		w.Owner = l.owner.Value()
 	}
 	return w
 }

@@ -41,8 +41,8 @@ func (m *Machine) giveBack(l *lease, a *acquisition) {
 	} else {
 		m.endHold(l, a, EndReleased, "")
 	}
-	if l.own {
-		m.dropLease(l, EndReleased, "", []*acquisition{a})
+	if l.own() {
+		m.dropLease(l, EndReleased, "")
 	} else {
 		m.endedUnder(l, a.request)
 	}
@@ -80,7 +80,7 @@ func (p *past) on(name string) bool {
 // findHold finds the live hold that a release means, or nil.
 func (m *Machine) findHold(c *Release) *acquisition {
 	a := m.hold(c.Token)
-	if a == nil || c.Lease != 0 && c.Lease != a.lease || c.Name != "" && !slices.Contains(a.names, c.Name) {
+	if a == nil || c.Lease != 0 && c.Lease != a.lease || c.Name != "" && !slices.Contains(a.names(), c.Name) {
 		return nil
 	}
 	return a
@@ -89,17 +89,17 @@ func (m *Machine) findHold(c *Release) *acquisition {
 // neverHeld refuses a release, under a live lease, of a token that the lease
 // has lost or cannot have had. Nil means that it was released before.
 func (m *Machine) neverHeld(l *lease, c *Release) *Refusal {
-	if l.seq != nil {
-		for _, f := range l.seq.forced {
-			if f.token == c.Token {
-				end := f.end
-				return m.notHeld(c, &end)
-			}
+	if l.own() { // its one hold is live, with another token
+		return m.notHeld(c, nil)
+	}
+	for _, f := range l.session.forced {
+		if f.token == c.Token {
+			end := f.end
+			return m.notHeld(c, &end)
 		}
 	}
 	switch {
-	case c.Token <= l.after || uint64(c.Token) > m.minted, // minted before the lease, or never
-		l.own,                          // its one hold is live, with another token
+	case c.Token <= l.session.after || uint64(c.Token) > m.minted, // minted before the lease, or never
 		m.hold(c.Token) != nil,         // of another lease, or on other locks
 		m.memory.token(c.Token) != nil: // likewise, and ended
 		return m.notHeld(c, nil)
@@ -164,8 +164,8 @@ func (m *Machine) breakHolds(list []*acquisition, cause EndCause, by string) {
 	for _, a := range list {
 		l := m.lease(a.lease)
 		m.endHold(l, a, cause, by)
-		if l.own {
-			m.dropLease(l, cause, by, []*acquisition{a})
+		if l.own() {
+			m.dropLease(l, cause, by)
 			continue
 		}
 		m.recordForced(l.id, a.token, Ended{Cause: cause, By: by, At: m.stamp, Revision: m.revision})
@@ -181,7 +181,7 @@ func (m *Machine) declare(c *Declare) Result {
 	if k := m.lock(c.Name); k != nil && k.declared {
 		return refuse(Refusal{Reason: ReasonLockDeclared, Name: c.Name})
 	}
-	m.editLock(c.Name).declared = true
+	m.editLock(c.Name).change(func(t *traits) { t.declared = true })
 	m.emit(Event{Kind: EventDeclared, Locks: named([]string{c.Name})})
 	return Result{}
 }
@@ -192,8 +192,7 @@ func (m *Machine) undeclare(c *Undeclare) Result {
 		return refuse(Refusal{Reason: ReasonLockNotDeclared, Name: c.Name})
 	}
 	k = m.editLock(c.Name)
-	k.declared = false
-	k.setClock(0, 0)
+	k.change(func(t *traits) { t.declared, t.clock, t.expires = false, 0, 0 })
 	m.emit(Event{Kind: EventUndeclared, Locks: named([]string{c.Name})})
 	m.dropIfIdle(k)
 	m.breakHolds(m.holdersOf(c.Name), EndUndeclared, "")
@@ -209,7 +208,7 @@ func (m *Machine) releaseClock(c *ReleaseClock) Result {
 		return refuse(Refusal{Reason: ReasonClockDisagrees, Name: c.Name, Clock: k.clock, AskedClock: c.Clock})
 	}
 	for _, a := range m.holdersOf(c.Name) {
-		for i, name := range a.names {
+		for i, name := range a.names() {
 			if name == c.Name && a.clock(i) == c.Clock {
 				m.giveBack(m.lease(a.lease), a)
 				return Result{}

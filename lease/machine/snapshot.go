@@ -3,6 +3,7 @@ package machine
 import (
 	"encoding/binary"
 	"fmt"
+	"unique"
 
 	"github.com/tidwall/btree"
 
@@ -61,8 +62,8 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 		l := decodeLease(d)
 		ascending(d, m.leases, l.id)
 		m.leases.Set(l.id, l)
-		if l.request != 0 {
-			m.requests[l.request] = l.id
+		if !l.own() && l.session.request != 0 {
+			m.requests[l.session.request] = l.id
 		}
 	})
 	var before under
@@ -73,9 +74,13 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 			return
 		}
 		l := m.lease(a.lease)
-		if l == nil || l.own && l.acq != nil {
+		switch {
+		case l == nil || l.own() && l.acq != nil:
 			d.fail("an acquisition without a lease")
 			return
+		case l.own():
+			l.acq = a
+			m.requests[a.request] = a.lease
 		}
 		entry := under{a.lease, a.request, a}
 		if !lessUnder(before, entry) {
@@ -85,7 +90,7 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 		m.enter(l, a)
 		if a.token == 0 {
 			m.waits++
-			for _, name := range a.names {
+			for _, name := range a.names() {
 				m.queues.Set(place{name, a.place, a})
 			}
 			if a.actor != "" {
@@ -95,7 +100,7 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 		}
 		m.grants++
 		m.tokens[a.token] = a
-		for _, name := range a.names {
+		for _, name := range a.names() {
 			m.holds++
 			other := first[name]
 			if other == nil {
@@ -107,10 +112,15 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 		}
 	})
 	r.table(func(d *decoder) {
-		k := decodeLock(d)
+		k, mode := decodeLock(d)
 		ascending(d, m.locks, k.name)
+		holder := first[k.name]
+		if (holder != nil) != (k.holders > 0) || holder != nil && holder.mode != mode {
+			d.fail("a lock that does not match its holders")
+			return
+		}
 		if k.holders == 1 {
-			k.sole = first[k.name]
+			k.sole = holder
 		}
 		m.locks.Set(k.name, k)
 	})
@@ -155,14 +165,23 @@ func (m *Machine) check() error {
 	if last, _, ok := m.leases.Max(); ok && uint64(last) > m.leaseIDs {
 		bad("lease %d was never made", last)
 	}
+	m.leases.Scan(func(id LeaseID, l *lease) bool {
+		if l.own() && l.acq == nil {
+			return bad("lease %d is without its acquisition", id)
+		}
+		return true
+	})
+	if err != nil {
+		return err
+	}
 	places := 0
 	m.eachAcquisition(func(a *acquisition) bool {
-		places += len(a.names)
+		places += len(a.names())
 		if uint64(a.token) > m.minted || a.place > m.places {
 			return bad("an acquisition of lease %d was never made", a.lease)
 		}
-		for i := 1; i < len(a.names); i++ {
-			if a.names[i] <= a.names[i-1] {
+		for i := 1; i < len(a.names()); i++ {
+			if a.names()[i] <= a.names()[i-1] {
 				return bad("an acquisition of lease %d names a lock twice", a.lease)
 			}
 		}
@@ -180,7 +199,7 @@ func (m *Machine) check() error {
 			if a.mode == Shared {
 				shared++
 			}
-			if a.mode != k.mode || uint64(a.token) > m.minted {
+			if a.mode != k.mode() {
 				n = -1 << 30
 			}
 			return true
@@ -199,7 +218,7 @@ func (m *Machine) check() error {
 			}
 			return true
 		})
-		if n != int(k.holders) || waiters != int(k.waiters) || shared != int(k.shared) || (n > 1 && k.mode != Shared) {
+		if n != int(k.holders) || waiters != int(k.waiters) || shared != int(k.shared) {
 			return bad("lock %q does not match its holders and waiters", k.name)
 		}
 		holders, queued = holders+n, queued+waiters
@@ -236,22 +255,27 @@ func (m *state) eachAcquisition(fn func(*acquisition) bool) {
 func (l *lease) encode(e *encoder) {
 	e.uint(uint64(l.id))
 	e.int(int64(l.ttl))
-	e.string(l.owner)
-	e.metadata(l.metadata)
+	e.string(l.owner.Value())
+	s := l.session
+	if l.own() {
+		s = &session{request: l.acq.request}
+	}
+	e.metadata(s.metadata)
 	e.int(l.since)
-	e.bools(l.own, l.seq != nil)
-	e.uint(uint64(l.request))
-	e.uint(uint64(l.after))
-	if l.seq == nil {
+	used := s.lowest > 0 || len(s.ended) > 0 || len(s.forced) > 0
+	e.bools(l.own(), used)
+	e.uint(uint64(s.request))
+	e.uint(uint64(s.after))
+	if !used {
 		return
 	}
-	e.uint(uint64(l.seq.lowest))
-	e.uint(uint64(len(l.seq.ended)))
-	for _, id := range l.seq.ended {
+	e.uint(uint64(s.lowest))
+	e.uint(uint64(len(s.ended)))
+	for _, id := range s.ended {
 		e.uint(uint64(id))
 	}
-	e.uint(uint64(len(l.seq.forced)))
-	for _, f := range l.seq.forced {
+	e.uint(uint64(len(s.forced)))
+	for _, f := range s.forced {
 		e.uint(uint64(f.token))
 		e.byte(byte(f.end.Cause))
 		e.string(f.end.By)
@@ -261,20 +285,24 @@ func (l *lease) encode(e *encoder) {
 }
 
 func decodeLease(d *decoder) *lease {
-	l := &lease{id: LeaseID(d.uint()), ttl: Duration(d.int()), owner: d.string(), metadata: d.metadata(), since: d.int()}
-	own, seq := d.bools()
-	l.own, l.request, l.after = own, RequestID(d.uint()), fence.Token(d.uint())
-	if !seq {
-		return l
+	l := &lease{id: LeaseID(d.uint()), ttl: Duration(d.int()), owner: unique.Make(d.string())}
+	s := &session{metadata: d.metadata()}
+	l.since = d.int()
+	own, used := d.bools()
+	s.request, s.after = RequestID(d.uint()), fence.Token(d.uint())
+	if used {
+		s.lowest = RequestID(d.uint())
+		for range d.count(1) {
+			s.ended = append(s.ended, RequestID(d.uint()))
+		}
+		for range d.count(5) {
+			f := forced{token: fence.Token(d.uint())}
+			f.end = Ended{Cause: EndCause(d.byte()), By: d.string(), At: d.int(), Revision: d.uint()}
+			s.forced = append(s.forced, f)
+		}
 	}
-	l.seq = &sequence{lowest: RequestID(d.uint())}
-	for range d.count(1) {
-		l.seq.ended = append(l.seq.ended, RequestID(d.uint()))
-	}
-	for range d.count(5) {
-		f := forced{token: fence.Token(d.uint())}
-		f.end = Ended{Cause: EndCause(d.byte()), By: d.string(), At: d.int(), Revision: d.uint()}
-		l.seq.forced = append(l.seq.forced, f)
+	if !own {
+		l.session = s
 	}
 	return l
 }
@@ -284,7 +312,7 @@ func (a *acquisition) encode(e *encoder) {
 	e.uint(uint64(a.request))
 	e.uint(a.place)
 	e.uint(uint64(a.token))
-	e.strings(a.names)
+	e.strings(a.names())
 	e.bools(a.floors != nil, a.clocks != nil)
 	for _, f := range a.floors {
 		e.uint(uint64(f))
@@ -301,32 +329,37 @@ func (a *acquisition) encode(e *encoder) {
 }
 
 func decodeAcquisition(d *decoder) *acquisition {
-	a := &acquisition{lease: LeaseID(d.uint()), request: RequestID(d.uint()), place: d.uint(), token: fence.Token(d.uint()), names: d.strings()}
+	a := &acquisition{lease: LeaseID(d.uint()), request: RequestID(d.uint()), place: d.uint(), token: fence.Token(d.uint())}
+	names := d.strings()
 	hasFloors, hasClocks := d.bools()
 	var floors []fence.Token
 	var clocks []uint64
 	if hasFloors {
-		floors = make([]fence.Token, len(a.names))
+		floors = make([]fence.Token, len(names))
 		for i := range floors {
 			floors[i] = fence.Token(d.uint())
 		}
 	}
 	if hasClocks {
-		clocks = make([]uint64, len(a.names))
+		clocks = make([]uint64, len(names))
 		for i := range clocks {
 			clocks[i] = d.uint()
 		}
 	}
-	a.mode, a.limit = Mode(d.byte()), uint32(d.below(1<<32))
-	delay := Duration(d.int())
+	mode, limit, delay := Mode(d.byte()), uint32(d.below(1<<32)), Duration(d.int())
 	a.since = d.int()
-	a.extras = extrasOf(delay, d.string(), d.metadata())
-	if hasFloors || hasClocks {
-		a.extras = &extras{floors: floors, clocks: clocks, delay: a.delay, actor: a.actor, metadata: a.metadata}
-	}
-	if a.mode != Exclusive && a.mode != Shared || len(a.names) == 0 {
+	actor, metadata := d.string(), d.metadata()
+	if mode != Exclusive && mode != Shared || len(names) == 0 {
 		d.fail("an acquisition that cannot be")
+		return a
 	}
+	a.terms = termsOf(mode, limit, delay, actor, metadata)
+	if hasFloors || hasClocks {
+		own := *a.terms
+		own.floors, own.clocks = floors, clocks
+		a.terms = &own
+	}
+	a.setNames(names)
 	return a
 }
 
@@ -335,13 +368,14 @@ func (k *lock) encode(e *encoder) {
 	e.uint(uint64(k.holders))
 	e.uint(uint64(k.waiters))
 	e.uint(uint64(k.shared))
-	limit, mode := k.limit, k.mode
 	// What has no meaning is written as nothing: equal states, equal bytes.
-	if k.shared == 0 {
-		limit = 0
+	var limit uint32
+	if k.shared > 0 {
+		limit = k.limit
 	}
-	if k.holders == 0 {
-		mode = 0
+	var mode Mode
+	if k.holders > 0 {
+		mode = k.mode()
 	}
 	e.uint(uint64(limit))
 	e.byte(byte(mode))
@@ -357,20 +391,21 @@ func (k *lock) encode(e *encoder) {
 	e.uint(uint64(k.last))
 }
 
-func decodeLock(d *decoder) *lock {
-	k := &lock{name: d.string(), holders: int32(d.below(1 << 31)), waiters: int32(d.below(1 << 31)), shared: int32(d.below(1 << 31))}
-	k.limit, k.mode = uint32(d.below(1<<32)), Mode(d.byte())
-	k.declared, _ = d.bools()
-	var delays []Delay
+// decodeLock also returns the mode of the holders.
+func decodeLock(d *decoder) (*lock, Mode) {
+	k := &lock{name: d.string(), holders: int32(d.below(1 << 31)), waiters: int32(d.below(1 << 31)), traits: noTraits}
+	t := traits{shared: int32(d.below(1 << 31)), limit: uint32(d.below(1 << 32))}
+	mode := Mode(d.byte())
+	t.declared, _ = d.bools()
 	for range d.count(3) {
-		delays = append(delays, Delay{ID: d.uint(), Duration: Duration(d.int()), Since: d.int()})
+		t.delays = append(t.delays, Delay{ID: d.uint(), Duration: Duration(d.int()), Since: d.int()})
 	}
-	k.history = noHistory
-	if clock, expires := d.uint(), d.int(); clock != 0 || expires != 0 || delays != nil {
-		k.history = &history{delays: delays, clock: clock, expires: expires}
+	t.clock, t.expires = d.uint(), d.int()
+	if t.shared != 0 || t.limit != 0 || t.declared || t.clock != 0 || t.expires != 0 || t.delays != nil {
+		k.traits = &t
 	}
 	k.last = fence.Token(d.uint())
-	return k
+	return k, mode
 }
 
 func (p *past) encode(e *encoder) {
