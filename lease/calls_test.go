@@ -370,8 +370,13 @@ func TestABatchIsBounded(t *testing.T) {
 			}()
 		}
 		synctest.Wait()
+		if batches, _ := l.held(); batches != maxFlights {
+			t.Errorf("%d batches are in the log", batches)
+		}
 		l.holding(false, false)
-		l.commit()
+		for range maxFlights {
+			l.commit()
+		}
 		<-first
 		for range n {
 			if err := <-done; err != nil {
@@ -382,7 +387,7 @@ func TestABatchIsBounded(t *testing.T) {
 		if largest := slices.Max(l.sizes); largest > maxBytes+one || largest < maxBytes-one {
 			t.Errorf("a batch of %d bytes, the bound is %d", largest, maxBytes)
 		}
-		if want := 2 + n*one/maxBytes; len(l.sizes) > want+1 {
+		if want := 1 + maxFlights + n*one/maxBytes; len(l.sizes) > want+1 {
 			t.Errorf("%d batches instead of %d", len(l.sizes), want)
 		}
 	})

@@ -348,7 +348,7 @@ func TestALogThatFails(t *testing.T) {
 		}
 		parked := background(func() (Grant, error) { return r.own("a", time.Hour, WaitForever, 0) })
 		l.holding(true, true)
-		inFlight := background(func() (Grant, error) { return r.own("b", time.Hour, 0, 0) })
+		inFlight := l.fill(r)
 		pending := background(func() (Grant, error) { return r.own("c", time.Hour, 0, 0) })
 		reading := background(func() (LockInfo, error) {
 			info, _, err := r.Lock(context.Background(), "a")
@@ -359,8 +359,10 @@ func TestALogThatFails(t *testing.T) {
 		if !errors.Is(err, ErrLogFailed) || !errors.Is(err, errDisk) {
 			t.Errorf("Run returned %v", err)
 		}
-		if a := <-inFlight; !errors.Is(a.err, ErrOutcomeUnknown) {
-			t.Errorf("in flight: %v", a.err)
+		for _, one := range inFlight {
+			if a := <-one; !errors.Is(a.err, ErrOutcomeUnknown) {
+				t.Errorf("in flight: %v", a.err)
+			}
 		}
 		for _, err := range []error{(<-parked).err, (<-pending).err, (<-reading).err} {
 			if !errors.Is(err, ErrLogFailed) || errors.Is(err, ErrOutcomeUnknown) {
@@ -389,15 +391,17 @@ func TestTheEndAnswersEverybody(t *testing.T) {
 		}
 		parked := background(func() (Grant, error) { return r.own("a", time.Hour, WaitForever, 0) })
 		l.holding(true, true)
-		inFlight := background(func() (Grant, error) { return r.own("b", time.Hour, 0, 0) })
+		inFlight := l.fill(r)
 		pending := background(func() (Grant, error) { return r.own("c", time.Hour, 0, 0) })
 		renewing := background(func() (KeepAlive, error) { return r.keepAlive(1) })
 		r.cancel()
 		if err := <-r.ended; err != nil {
 			t.Errorf("Run returned %v", err)
 		}
-		if a := <-inFlight; !errors.Is(a.err, ErrOutcomeUnknown) {
-			t.Errorf("in flight: %v", a.err)
+		for _, one := range inFlight {
+			if a := <-one; !errors.Is(a.err, ErrOutcomeUnknown) {
+				t.Errorf("in flight: %v", a.err)
+			}
 		}
 		for _, err := range []error{(<-parked).err, (<-pending).err, (<-renewing).err} {
 			if !errors.Is(err, ErrStopping) || errors.Is(err, ErrOutcomeUnknown) {

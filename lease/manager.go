@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -74,11 +75,9 @@ type loop struct {
 	delays map[uint64]*delayTimer // by the delay's id
 	waits  map[uint64]*call       // by the number in the wheel
 
-	pending  []*call // commands for the next batch
-	busy     bool    // a batch is in the log, of the commands of inFlight
-	inFlight []*call
-	proposed time.Duration     // when inFlight was
-	commands []machine.Command // of inFlight; the array is used again
+	pending  []*call   // commands for the next batch
+	inFlight []*flight // batches in the log, in the order proposed
+	landed   []*flight // to be used again
 	parked   map[waiter]*call
 
 	// What the tables would hold if all that is pending or in the log were
@@ -98,6 +97,14 @@ type loop struct {
 
 	ports   map[uint32]*Port // that have submitted and are not closed, by number
 	ringing []*Port          // those to wake at the end of this turn
+}
+
+// flight is a batch in the log, and who waits for its commands.
+type flight struct {
+	term     uint64
+	proposed time.Duration
+	calls    []*call
+	commands []machine.Command
 }
 
 // leaseTimer is what the manager keeps per live lease. A lease that a parked
@@ -127,6 +134,7 @@ type mark struct {
 }
 
 const (
+	maxFlights  = 4       // batches in the log: it writes together what comes while it syncs
 	maxBatch    = 4096    // commands in one batch
 	maxBytes    = 4 << 20 // of one batch, about: a log refuses entries without bound
 	maxExpiries = 4096    // leases in one expiry command: a mass expiry is smeared
@@ -294,8 +302,8 @@ func (m *Manager) end(err error) {
 	for _, in := range inbox {
 		in.take(m)
 	}
-	if m.busy {
-		for _, c := range m.inFlight {
+	for _, f := range m.inFlight {
+		for _, c := range f.calls {
 			c.answer(m, machine.Result{}, fmt.Errorf("%w: %w", ErrOutcomeUnknown, answer))
 		}
 	}
@@ -440,20 +448,27 @@ func (m *Manager) forget() {
 // enqueue adds a command to the next batch.
 func (m *Manager) enqueue(c *call) { m.pending = append(m.pending, c) }
 
-// propose sends the next batch to the log, unless one is on its way: while it
-// is being committed the next one gathers.
+// propose sends what is pending to the log. While maxFlights batches are in it
+// the next one gathers; also while any is, when leases have fallen due: what is
+// in the log may keep one of them, as a waiter does that has come back.
 func (m *Manager) propose() {
-	if m.busy {
-		return
+	for len(m.inFlight) < maxFlights && (len(m.due) == 0 || len(m.inFlight) == 0) && m.proposeBatch() {
 	}
-	calls, commands := m.inFlight[:0], m.commands[:0]
+}
+
+// proposeBatch reports false when there was nothing to propose.
+func (m *Manager) proposeBatch() bool {
+	f := &flight{}
+	if n := len(m.landed); n > 0 {
+		f, m.landed = m.landed[n-1], m.landed[:n-1]
+	}
 	// Expiries come first, so that nothing else in the batch finds a lease
 	// alive of which the manager already says that it is not.
 	if c := m.expiries(); c != nil {
-		calls, commands = append(calls, c), append(commands, c.cmd)
+		f.add(c)
 	}
 	n, bytes := 0, 0
-	for ; n < len(m.pending) && len(calls) < maxBatch && bytes < maxBytes; n++ {
+	for ; n < len(m.pending) && len(f.calls) < maxBatch && bytes < maxBytes; n++ {
 		c := m.pending[n]
 		if c.giveUpOf != nil {
 			if c.giveUpOf.answered {
@@ -462,23 +477,27 @@ func (m *Manager) propose() {
 			c.giveUpOf.givingUp = true
 		}
 		bytes += size(c.cmd)
-		calls, commands = append(calls, c), append(commands, c.cmd)
+		f.add(c)
 	}
 	clear(m.pending[:n])
 	if m.pending = m.pending[n:]; len(m.pending) == 0 {
 		m.pending = nil
 	}
-	m.inFlight, m.commands = calls, commands
-	if len(calls) == 0 {
-		return
+	if len(f.calls) == 0 {
+		m.landed = append(m.landed, f)
+		return false
 	}
-	m.busy = true
-	m.proposed = m.now()
-	term := m.term
-	batch := machine.Batch{Stamp: m.clock.Now().UnixNano(), Commands: commands}
+	f.term, f.proposed = m.term, m.now()
+	m.inFlight = append(m.inFlight, f)
+	batch := machine.Batch{Stamp: m.clock.Now().UnixNano(), Commands: f.commands}
 	m.log.Propose(batch, func(out machine.Outcome, err error) {
-		m.put(&committed{term: term, out: out, err: err})
+		m.put(&committed{f, out, err})
 	})
+	return true
+}
+
+func (f *flight) add(c *call) {
+	f.calls, f.commands = append(f.calls, c), append(f.commands, c.cmd)
 }
 
 // expiries makes the command that ends the leases whose time has come, and has
@@ -531,26 +550,29 @@ func size(cmd machine.Command) int {
 	return small + MaxName
 }
 
-// committed is the answer of the log to the batch in flight.
+// committed is the answer of the log to a batch in flight.
 type committed struct {
-	term uint64
-	out  machine.Outcome
-	err  error
+	*flight
+	out machine.Outcome
+	err error
 }
 
 func (c *committed) take(m *Manager) {
-	calls := m.inFlight
-	m.busy = false
+	// The first, but when the log refuses a later one at once.
+	at := slices.Index(m.inFlight, c.flight)
+	m.inFlight = slices.Delete(m.inFlight, at, at+1)
+	calls := c.calls
 	for _, call := range calls {
 		m.reserved.sub(call.room)
 	}
+	defer m.land(c.flight)
 	if c.err != nil {
 		m.uncommitted(calls, c)
 		return
 	}
 	serving := m.leading && c.term == m.term
 	now := m.now()
-	m.observer.Committed(len(calls), now-m.proposed)
+	m.observer.Committed(len(calls), now-c.proposed)
 	// Results come before events: an acquisition must be parked before the
 	// event that grants it, and a lease that is there already was made by an
 	// earlier attempt.
@@ -560,7 +582,7 @@ func (c *committed) take(m *Manager) {
 	// A batch of an earlier term may be committed by the log in this one: it is
 	// applied after the store was read.
 	if m.leading {
-		m.store.Read(func(s *machine.Machine) { m.counts = s.Counts() })
+		m.counts = c.out.Counts
 		for i := range c.out.Events {
 			if e := &c.out.Events[i]; e.Revision > m.readAt {
 				m.observe(e, now)
@@ -574,7 +596,6 @@ func (c *committed) take(m *Manager) {
 			}
 		}
 	}
-	m.recycle()
 }
 
 // uncommitted answers the calls of a batch that the log did not commit.
@@ -598,14 +619,14 @@ func (m *Manager) uncommitted(calls []*call, c *committed) {
 		}
 		m.enqueue(call)
 	}
-	m.recycle()
 }
 
-// recycle empties the arrays of the batch that has been answered.
-func (m *Manager) recycle() {
-	clear(m.inFlight)
-	clear(m.commands)
-	m.inFlight, m.commands = m.inFlight[:0], m.commands[:0]
+// land empties the arrays of a batch that has been answered.
+func (m *Manager) land(f *flight) {
+	clear(f.calls)
+	clear(f.commands)
+	f.calls, f.commands = f.calls[:0], f.commands[:0]
+	m.landed = append(m.landed, f)
 }
 
 // observe follows what happened to leases, delays and waiters.

@@ -2,9 +2,11 @@ package lease
 
 import (
 	"errors"
+	"fmt"
 	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/distlock/distlock/lease/machine"
 )
@@ -115,6 +117,16 @@ func (l *script) holding(batches, confirms bool) {
 	l.mu.Lock()
 	l.hold, l.holdConfirms = batches, confirms
 	l.mu.Unlock()
+}
+
+// fill has the log hold as many batches as the manager gives it, of one grant
+// each.
+func (l *script) fill(r *rig) (list []<-chan answer[Grant]) {
+	l.holding(true, true)
+	for i := range maxFlights {
+		list = append(list, background(func() (Grant, error) { return r.own(fmt.Sprint("fill/", i), time.Hour, 0, 0) }))
+	}
+	return list
 }
 
 // take returns the oldest batch held.

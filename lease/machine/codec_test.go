@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"reflect"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -146,16 +147,71 @@ func FuzzRestore(f *testing.F) {
 	})
 }
 
+// What ended is remembered until at least MinRemembered others have; a machine
+// from a snapshot forgets it at the same moment.
 func TestMemoryIsBounded(t *testing.T) {
 	m := New(0)
-	for i := range MaxRemembered + 100 {
-		m.Apply(Batch{Commands: []Command{&Abandon{Request: RequestID(i + 1)}}})
+	twin := m
+	largest := 0
+	for i := range 3*MinRemembered + 100 {
+		if i == MinRemembered+MinRemembered/2 {
+			twin = restored(t, snapshotOf(t, m))
+		}
+		for _, x := range slices.Compact([]*Machine{m, twin}) {
+			x.Apply(Batch{Commands: []Command{&Abandon{Request: RequestID(i + 1)}}})
+		}
+		n := m.Counts().Remembered
+		if largest = max(largest, n); n < min(i+1, MinRemembered) || n > 2*MinRemembered || twin.Counts().Remembered != n {
+			t.Fatalf("%d remembered after %d, and %d", n, i+1, twin.Counts().Remembered)
+		}
+		oldest := RequestID(i + 2 - n)
+		if m.memory.request(oldest) == nil || twin.memory.request(oldest) == nil || m.memory.request(oldest-1) != nil || twin.memory.request(oldest-1) != nil {
+			t.Fatal("it is not the oldest that were dropped")
+		}
 	}
-	if n := m.Counts().Remembered; n != MaxRemembered {
-		t.Fatalf("%d remembered", n)
+	if largest < 2*MinRemembered-1 {
+		t.Errorf("at most %d remembered", largest)
 	}
-	if m.memory.request(100) != nil || m.memory.request(101) == nil {
-		t.Error("it is not the oldest that were dropped")
+	if !bytes.Equal(snapshotOf(t, m), snapshotOf(t, twin)) {
+		t.Error("they differ")
+	}
+	for through := m.revision + 1; m.Counts().Remembered > 0; through++ {
+		for _, x := range []*Machine{m, twin} {
+			x.Apply(Batch{Commands: []Command{&Forget{Through: through}}})
+		}
+	}
+	if twin.Counts().Remembered != 0 || m.memory.request(3*MinRemembered) != nil {
+		t.Error("not all is forgotten")
+	}
+}
+
+// Forget takes the oldest, over the border of the generations.
+func TestForgetOverGenerations(t *testing.T) {
+	m := New(0)
+	var ends []uint64 // revision at the end of lock i
+	const n = MinRemembered + 1000
+	for i := range n {
+		m.Apply(Batch{Commands: []Command{&Acquire{Request: RequestID(i + 1), Names: []string{"a"}, Mode: Exclusive, TTL: 1}}})
+		m.Apply(Batch{Commands: []Command{&RevokeLease{Lease: LeaseID(i + 1)}}})
+		ends = append(ends, m.revision)
+	}
+	for _, i := range []int{10, MinRemembered - 10, MinRemembered + 10, n - 1} {
+		m.Apply(Batch{Commands: []Command{&Forget{Through: ends[i]}}})
+		back := restored(t, snapshotOf(t, m))
+		for _, x := range []*Machine{m, back} {
+			if got := x.Counts().Remembered; got != n-1-i {
+				t.Fatalf("%d remembered after %d were forgotten", got, i+1)
+			}
+			if x.memory.lease(LeaseID(i+1)) != nil || x.memory.token(fence.Token(i+1)) != nil || x.memory.request(RequestID(i+1)) != nil {
+				t.Fatalf("%d is not forgotten", i)
+			}
+			if p := x.memory.lease(LeaseID(i + 2)); i+1 < n && (p == nil || p != x.memory.token(fence.Token(i+2)) || p != x.memory.request(RequestID(i+2)) || p.cause != EndRevoked) {
+				t.Fatalf("%d is forgotten: %+v", i+1, p)
+			}
+			if traces := x.memory.traces.Len(); traces != min(n-1-i, 1) {
+				t.Fatalf("%d traces after %d were forgotten", traces, i+1)
+			}
+		}
 	}
 }
 

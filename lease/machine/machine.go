@@ -256,7 +256,7 @@ func (m *Machine) Copy() *View {
 	v := &View{m.state}
 	v.leases, v.acqs, v.locks = m.leases.IsoCopy(), m.acqs.IsoCopy(), m.locks.IsoCopy()
 	v.holders, v.queues, v.actors = m.holders.IsoCopy(), m.queues.IsoCopy(), m.actors.IsoCopy()
-	v.memory = m.memory.copy()
+	v.memory = m.memory.view()
 	return v
 }
 
@@ -269,7 +269,7 @@ func (m *Machine) Apply(b Batch) Outcome {
 	for i, c := range b.Commands {
 		results[i] = m.apply(c, b.Term)
 	}
-	out := Outcome{Results: results, Events: m.events}
+	out := Outcome{Results: results, Events: m.events, Counts: m.Counts()}
 	if len(out.Events) == 0 {
 		out.Events = nil
 	}

@@ -1,14 +1,17 @@
 package machine
 
 import (
+	"slices"
+	"sort"
+
 	"github.com/tidwall/btree"
 
 	"github.com/distlock/distlock/fence"
 )
 
-// MaxRemembered bounds what is remembered of requests, leases and holds that
-// have ended; the oldest are dropped first.
-const MaxRemembered = 1 << 16
+// MinRemembered is how many of the requests, leases and holds that ended last
+// are remembered at least, until Forget; twice as many are at most.
+const MinRemembered = 1 << 16
 
 // past is one thing that has ended and is remembered: a request with a lease
 // of its own, a lease, a lost hold, or several of them at once.
@@ -33,18 +36,27 @@ func (p *past) ended() *Ended {
 func (p *past) lost() bool { return p.token != 0 && p.cause != EndReleased }
 
 // memory remembers pasts in the order of their end, and finds them by lease,
-// request and token.
+// request and token. It keeps two generations, each of up to MinRemembered: as
+// a third begins the first goes as a whole, with its indexes, which costs less
+// than to take each past out of them.
 type memory struct {
-	count uint64  // pasts ever remembered
-	order []*past // by n; what is in it is not changed, as copies share it
+	count      uint64 // pasts ever remembered: the n of the last
+	young, old generation
 	// traces keep the last token of every lock that a remembered lost hold
 	// was on, so that its holder can be told whether anyone came after.
 	traces *btree.Map[string, trace]
+}
 
-	// Only to look up in, and not copied.
-	byLease   map[LeaseID]*past
-	byRequest map[RequestID]*past
-	byToken   map[fence.Token]*past
+// generation is the pasts of MinRemembered numbers in a row, less those that
+// are forgotten. A View has them without the indexes.
+type generation struct {
+	pasts []past // by n without a gap; what is in it is not changed
+	lost  bool   // some may be of lost holds
+
+	// The n of a past, which may be forgotten.
+	byLease   map[LeaseID]uint64
+	byRequest map[RequestID]uint64
+	byToken   map[fence.Token]uint64
 }
 
 type trace struct {
@@ -54,27 +66,41 @@ type trace struct {
 }
 
 func newMemory() memory {
-	return memory{
-		byLease:   make(map[LeaseID]*past),
-		byRequest: make(map[RequestID]*past),
-		byToken:   make(map[fence.Token]*past),
-		traces:    &btree.Map[string, trace]{},
+	return memory{young: newGeneration(), old: newGeneration(), traces: &btree.Map[string, trace]{}}
+}
+
+func newGeneration() generation {
+	return generation{
+		byLease:   make(map[LeaseID]uint64),
+		byRequest: make(map[RequestID]uint64),
+		byToken:   make(map[fence.Token]uint64),
 	}
 }
 
-// copy returns what a view shows of it.
-func (m *memory) copy() memory {
+// view returns what a View has of it.
+func (m *memory) view() memory {
 	// Without room to grow: what either of the two adds, the other must not
 	// see.
-	return memory{count: m.count, order: m.order[:len(m.order):len(m.order)], traces: m.traces.IsoCopy()}
+	clip := func(g generation) generation { return generation{pasts: slices.Clip(g.pasts)} }
+	return memory{count: m.count, young: clip(m.young), old: clip(m.old), traces: m.traces.IsoCopy()}
+}
+
+func (m *memory) len() int { return len(m.old.pasts) + len(m.young.pasts) }
+
+// each calls fn for the pasts in order, until it returns false.
+func (m *memory) each(fn func(*past) bool) {
+	for _, list := range [][]past{m.old.pasts, m.young.pasts} {
+		for i := range list {
+			if !fn(&list[i]) {
+				return
+			}
+		}
+	}
 }
 
 func (m *memory) remember(p past) {
-	m.count++
-	p.n = m.count
-	record := &p
-	m.order = append(m.order, record)
-	m.index(record)
+	p.n = m.count + 1
+	m.add(p)
 	if p.lost() {
 		for _, name := range p.names {
 			t, ok := m.traces.Get(name)
@@ -86,39 +112,51 @@ func (m *memory) remember(p past) {
 			m.traces.Set(t.name, t)
 		}
 	}
-	for len(m.order) > MaxRemembered {
-		m.dropOldest()
-	}
 }
 
-// index makes a past findable.
-func (m *memory) index(p *past) {
+// add enters a past, and makes it findable.
+func (m *memory) add(p past) {
+	if p.n/MinRemembered != m.count/MinRemembered {
+		m.release(m.old.pasts, m.old.lost)
+		m.old, m.young = m.young, m.old
+		m.young.clear()
+		if len(m.old.pasts) == MinRemembered { // filled: so will this one be
+			m.young.pasts = make([]past, 0, MinRemembered)
+		}
+	}
+	m.count = p.n
+	g := &m.young
+	g.pasts = append(g.pasts, p)
+	g.lost = g.lost || p.lost()
 	if p.leaseEnd {
-		m.byLease[p.lease] = p
+		g.byLease[p.lease] = p.n
 	}
 	if p.request != 0 {
-		m.byRequest[p.request] = p
+		g.byRequest[p.request] = p.n
 	}
 	if p.token != 0 {
-		m.byToken[p.token] = p
+		g.byToken[p.token] = p.n
 	}
 }
 
-func (m *memory) dropOldest() {
-	p := m.order[0]
-	m.order = m.order[1:]
-	// Another past may have taken its place in an index since.
-	if p.leaseEnd && m.byLease[p.lease] == p {
-		delete(m.byLease, p.lease)
+// clear empties a generation; views may have its pasts.
+func (g *generation) clear() {
+	g.pasts, g.lost = nil, false
+	clear(g.byLease)
+	clear(g.byRequest)
+	clear(g.byToken)
+}
+
+// release lets go of the traces that pasts keep.
+func (m *memory) release(list []past, lost bool) {
+	if !lost {
+		return
 	}
-	if p.request != 0 && m.byRequest[p.request] == p {
-		delete(m.byRequest, p.request)
-	}
-	if p.token != 0 && m.byToken[p.token] == p {
-		delete(m.byToken, p.token)
-	}
-	if p.lost() {
-		for _, name := range p.names {
+	for i := range list {
+		if !list[i].lost() {
+			continue
+		}
+		for _, name := range list[i].names {
 			t, ok := m.traces.Get(name)
 			if !ok {
 				continue
@@ -132,15 +170,46 @@ func (m *memory) dropOldest() {
 	}
 }
 
+// forget drops the pasts up to a revision.
 func (m *memory) forget(through uint64) {
-	for len(m.order) > 0 && m.order[0].revision <= through {
-		m.dropOldest()
+	for _, g := range []*generation{&m.old, &m.young} {
+		n := sort.Search(len(g.pasts), func(i int) bool { return g.pasts[i].revision > through })
+		m.release(g.pasts[:n], g.lost)
+		if g.pasts = g.pasts[n:]; len(g.pasts) > 0 {
+			return
+		}
+		g.clear()
 	}
 }
 
-func (m *memory) lease(id LeaseID) *past        { return m.byLease[id] }
-func (m *memory) request(id RequestID) *past    { return m.byRequest[id] }
-func (m *memory) token(token fence.Token) *past { return m.byToken[token] }
+// at returns the past with a number, or nil when it is forgotten, or n is 0.
+func (g *generation) at(n uint64) *past {
+	if len(g.pasts) == 0 || n < g.pasts[0].n {
+		return nil
+	}
+	return &g.pasts[n-g.pasts[0].n]
+}
+
+func (m *memory) lease(id LeaseID) *past {
+	if p := m.young.at(m.young.byLease[id]); p != nil {
+		return p
+	}
+	return m.old.at(m.old.byLease[id])
+}
+
+func (m *memory) request(id RequestID) *past {
+	if p := m.young.at(m.young.byRequest[id]); p != nil {
+		return p
+	}
+	return m.old.at(m.old.byRequest[id])
+}
+
+func (m *memory) token(token fence.Token) *past {
+	if p := m.young.at(m.young.byToken[token]); p != nil {
+		return p
+	}
+	return m.old.at(m.old.byToken[token])
+}
 
 // granted notes a grant on a lock that a remembered lost hold was on.
 func (m *memory) granted(name string, token fence.Token) {

@@ -7,6 +7,7 @@ import "github.com/distlock/distlock/fence"
 type Outcome struct {
 	Results []Result
 	Events  []Event
+	Counts  Counts // after the batch
 }
 
 // Result answers one command. Refusal is nil when the command was done.

@@ -35,12 +35,8 @@ func (m *state) Snapshot(emit func(chunk []byte) error) error {
 	m.eachAcquisition(func(a *acquisition) bool { return w.record(a.encode) })
 	w.table(m.locks.Len())
 	m.locks.Scan(func(_ string, k *lock) bool { return w.record(k.encode) })
-	w.table(len(m.memory.order))
-	for _, p := range m.memory.order {
-		if !w.record(p.encode) {
-			break
-		}
-	}
+	w.table(m.memory.len())
+	m.memory.each(func(p *past) bool { return w.record(p.encode) })
 	w.table(m.memory.traces.Len())
 	m.memory.traces.Scan(func(_ string, t trace) bool { return w.record(t.encode) })
 	return w.flush()
@@ -55,7 +51,8 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 		return nil, fmt.Errorf("snapshot version %d: %w", v, ErrUnknownCommand)
 	}
 	m := New(0)
-	for _, n := range []*uint64{&m.minted, &m.leaseIDs, &m.revision, &m.places, &m.memory.count} {
+	var remembered uint64
+	for _, n := range []*uint64{&m.minted, &m.leaseIDs, &m.revision, &m.places, &remembered} {
 		*n = r.uint()
 	}
 	r.table(func(d *decoder) {
@@ -126,12 +123,15 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 	})
 	r.table(func(d *decoder) {
 		p := decodePast(d)
-		if n := len(m.memory.order); n > 0 && m.memory.order[n-1].n >= p.n {
+		if m.memory.len() > 0 && p.n != m.memory.count+1 {
 			d.fail("records out of order")
 		}
-		m.memory.order = append(m.memory.order, p)
-		m.memory.index(p)
+		m.memory.add(p)
 	})
+	if r.err == nil && m.memory.len() > 0 && m.memory.count != remembered {
+		r.err = fmt.Errorf("not all that ended is there: %w", ErrCorrupt)
+	}
+	m.memory.count = remembered
 	r.table(func(d *decoder) {
 		t := decodeTrace(d)
 		ascending(d, m.memory.traces, t.name)
@@ -421,8 +421,8 @@ func (p *past) encode(e *encoder) {
 	e.int(p.at)
 }
 
-func decodePast(d *decoder) *past {
-	p := &past{n: d.uint(), revision: d.uint(), lease: LeaseID(d.uint())}
+func decodePast(d *decoder) past {
+	p := past{n: d.uint(), revision: d.uint(), lease: LeaseID(d.uint())}
 	p.leaseEnd, _ = d.bools()
 	p.request, p.token, p.names = RequestID(d.uint()), fence.Token(d.uint()), d.strings()
 	p.cause, p.by, p.at = EndCause(d.byte()), d.string(), d.int()

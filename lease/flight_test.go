@@ -1,0 +1,115 @@
+package lease
+
+import (
+	"errors"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/jonboulle/clockwork"
+
+	"github.com/distlock/distlock/fence"
+)
+
+// Several batches are in the log at once; what comes when it has its fill
+// gathers in the next.
+func TestBatchesGoOnTheirWayWhileOthersAre(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, l := startScript(t)
+		defer r.stop()
+		inFlight := l.fill(r)
+		l.mu.Lock()
+		l.counts = nil
+		l.mu.Unlock()
+		gathered := []<-chan answer[Grant]{
+			background(func() (Grant, error) { return r.own("x", time.Hour, 0, 0) }),
+			background(func() (Grant, error) { return r.own("y", time.Hour, 0, 0) }),
+		}
+		if batches, _ := l.held(); batches != maxFlights {
+			t.Fatalf("%d batches in the log", batches)
+		}
+		for i, one := range inFlight {
+			pendingNow(t, one, "a grant that is not committed")
+			l.commit()
+			if a := <-one; a.err != nil || a.value.Token != fence.Token(i+1) {
+				t.Fatalf("%d: %+v %v", i, a.value, a.err)
+			}
+		}
+		l.commit()
+		for _, one := range gathered {
+			if a := <-one; a.err != nil {
+				t.Fatal(a.err)
+			}
+		}
+		if !slices.Equal(l.counts, []int{2}) {
+			t.Errorf("what gathered went in batches of %d", l.counts)
+		}
+		l.holding(false, false)
+	})
+}
+
+// A log that lost the leadership refuses a batch at once, while it has not yet
+// answered for the one before.
+func TestABatchRefusedBeforeAnEarlierIsAnswered(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, l := startScript(t)
+		defer r.stop()
+		l.holding(true, false)
+		first := background(func() (Grant, error) { return r.own("a", time.Hour, 0, 1) })
+		l.mu.Lock()
+		l.term = 0 // and the news of it is on its way
+		l.mu.Unlock()
+		second := background(func() (Grant, error) { return r.own("b", time.Hour, 0, 2) })
+		if a := <-second; !errors.Is(a.err, ErrNotLeader) {
+			t.Errorf("the second: %v", a.err)
+		}
+		pendingNow(t, first, "the first")
+		l.lose("")
+		l.drop(1, true, ErrOutcomeUnknown)
+		if a := <-first; !errors.Is(a.err, ErrOutcomeUnknown) {
+			t.Errorf("the first: %v", a.err)
+		}
+		l.holding(false, false)
+		l.lead(2)
+		g, err := r.own("a", time.Hour, 0, 1)
+		if err != nil || g.Token != 1 {
+			t.Errorf("the first again: %+v %v", g, err)
+		}
+		if g, err = r.own("b", time.Hour, 0, 2); err != nil || g.Token != 2 {
+			t.Errorf("the second again: %+v %v", g, err)
+		}
+	})
+}
+
+// Bounds are held against what is in all the batches under way, each counted
+// once: also when the log is ahead of what the manager has heard.
+func TestBoundsCountWhatIsInFlight(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := NewStore(0)
+		l := newScript(store)
+		r := startWith(t, Config{Clock: clockwork.NewRealClock(), Store: store, Log: l, Bounds: Bounds{MaxLeases: maxFlights + 1}})
+		defer r.stop()
+		l.fill(r)
+		first, second := l.take(), l.take()
+		heard, later := store.Apply(first.batch), store.Apply(second.batch)
+		first.done(heard, nil)
+		last := background(func() (Grant, error) { return r.own("last", time.Hour, 0, 0) })
+		pendingNow(t, last, "the last that there is room for")
+		if _, err := r.own("more", time.Hour, 0, 0); !errors.As(err, new(*ExhaustedError)) {
+			t.Errorf("above the bound: %v", err)
+		}
+		second.done(later, nil)
+		l.holding(false, false)
+		for {
+			synctest.Wait()
+			if held, _ := l.held(); held == 0 {
+				break
+			}
+			l.commit()
+		}
+		if a := <-last; a.err != nil {
+			t.Error(a.err)
+		}
+	})
+}
