@@ -90,7 +90,9 @@ type loop struct {
 	unasked    []*confirmation // arrived since the round in flight began
 	asked      []*confirmation
 
-	due      []ID // leases whose time has come; propose looks at them again
+	due      []ID  // leases whose time has come; propose looks at them again
+	pause    timer // until more of them are ended
+	others   bool  // anything else has been proposed since the last of them
 	marks    []mark
 	waitID   uint64
 	forgetAt timer
@@ -103,6 +105,7 @@ type loop struct {
 type flight struct {
 	term     uint64
 	proposed time.Duration
+	expiries bool // are among the commands
 	calls    []*call
 	commands []machine.Command
 }
@@ -137,7 +140,7 @@ const (
 	maxFlights  = 4       // batches in the log: it writes together what comes while it syncs
 	maxBatch    = 4096    // commands in one batch
 	maxBytes    = 4 << 20 // of one batch, about: a log refuses entries without bound
-	maxExpiries = 256     // leases in one expiry command, about a millisecond's work: a mass expiry is smeared
+	maxExpiries = 512     // leases in one expiry command, about two milliseconds' work: a mass expiry is smeared
 	markEvery   = 30 * time.Second
 	remember    = 10 * time.Minute
 )
@@ -194,7 +197,7 @@ func (m *Manager) reset() {
 	m.waits = make(map[uint64]*call)
 	m.parked = make(map[waiter]*call)
 	m.due, m.marks = nil, nil
-	m.forgetAt = timer{kind: timerForget}
+	m.forgetAt, m.pause = timer{kind: timerForget}, timer{kind: timerPause}
 }
 
 // now is the time since the manager was made, on the monotonic clock.
@@ -417,6 +420,7 @@ func (m *Manager) fire(t *timer) {
 		}
 	case timerForget:
 		m.forget()
+	case timerPause: // propose does the rest
 	}
 }
 
@@ -452,9 +456,12 @@ func (m *Manager) enqueue(c *call) { m.pending = append(m.pending, c) }
 // the next one gathers; also while any is, when leases have fallen due: what is
 // in the log may keep one of them, as a waiter does that has come back.
 func (m *Manager) propose() {
-	for len(m.inFlight) < maxFlights && (len(m.due) == 0 || len(m.inFlight) == 0) && m.proposeBatch() {
+	for len(m.inFlight) < maxFlights && (!m.expire() || len(m.inFlight) == 0) && m.proposeBatch() {
 	}
 }
+
+// expire reports whether leases are to be ended now.
+func (m *Manager) expire() bool { return len(m.due) > 0 && !m.pause.armed() }
 
 // proposeBatch reports false when there was nothing to propose.
 func (m *Manager) proposeBatch() bool {
@@ -466,6 +473,7 @@ func (m *Manager) proposeBatch() bool {
 	// alive of which the manager already says that it is not.
 	if c := m.expiries(); c != nil {
 		f.add(c)
+		f.expiries, m.others = true, false
 	}
 	n, bytes := 0, 0
 	for ; n < len(m.pending) && len(f.calls) < maxBatch && bytes < maxBytes; n++ {
@@ -483,6 +491,7 @@ func (m *Manager) proposeBatch() bool {
 	if m.pending = m.pending[n:]; len(m.pending) == 0 {
 		m.pending = nil
 	}
+	m.others = m.others || n > 0
 	if len(f.calls) == 0 {
 		m.landed = append(m.landed, f)
 		return false
@@ -504,6 +513,9 @@ func (f *flight) add(c *call) {
 // not been moved since; nil when there are none. From here on their renewals
 // are refused.
 func (m *Manager) expiries() *call {
+	if !m.expire() {
+		return nil
+	}
 	now := m.now()
 	var list []ID
 	n := 0
@@ -566,6 +578,11 @@ func (c *committed) take(m *Manager) {
 		m.reserved.sub(call.room)
 	}
 	defer m.land(c.flight)
+	if c.expiries && len(m.due) > 0 && m.others && m.leading {
+		// A mass expiry takes half of the time at most: others want theirs.
+		m.pause.deadline = m.now() + (m.now() - c.proposed)
+		m.wheel.arm(&m.pause)
+	}
 	if c.err != nil {
 		m.uncommitted(calls, c)
 		return
@@ -625,7 +642,7 @@ func (m *Manager) uncommitted(calls []*call, c *committed) {
 func (m *Manager) land(f *flight) {
 	clear(f.calls)
 	clear(f.commands)
-	f.calls, f.commands = f.calls[:0], f.commands[:0]
+	f.calls, f.commands, f.expiries = f.calls[:0], f.commands[:0], false
 	m.landed = append(m.landed, f)
 }
 

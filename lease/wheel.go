@@ -48,6 +48,7 @@ const (
 	timerDelay
 	timerWait
 	timerForget
+	timerPause
 )
 
 func (t *timer) armed() bool { return t.next != nil }

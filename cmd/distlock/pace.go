@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"os"
-	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
 	"time"
@@ -16,16 +15,6 @@ const (
 	spareHeap = 64 << 20
 	goPercent = 100 // Go's own, for heaps above spareHeap
 )
-
-// limitProcs has the server use half of the processors, unless GOMAXPROCS says
-// how many. An operation passes some twenty goroutines that do a little each:
-// where another processor idles, every step wakes it, which costs more than
-// the step, and clients beside the server have less.
-func limitProcs() {
-	if os.Getenv("GOMAXPROCS") == "" {
-		runtime.GOMAXPROCS(max(1, runtime.GOMAXPROCS(0)/2))
-	}
-}
 
 // tuneGC keeps the collector's pace at spareHeap or Go's own, whichever is
 // slower, until ctx ends; not where GOGC says otherwise.

@@ -114,7 +114,6 @@ func (f *serveFlags) run(cmd *cobra.Command) error {
 	if err != nil {
 		return err
 	}
-	limitProcs()
 	go tuneGC(cmd.Context())
 	return s.Run(cmd.Context())
 }

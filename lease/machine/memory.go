@@ -42,16 +42,16 @@ func (p *past) lost() bool { return p.token != 0 && p.cause != EndReleased }
 type memory struct {
 	count      uint64 // pasts ever remembered: the n of the last
 	young, old generation
-	// traces keep the last token of every lock that a remembered lost hold
-	// was on, so that its holder can be told whether anyone came after.
-	traces *btree.Map[string, trace]
 }
 
 // generation is the pasts of MinRemembered numbers in a row, less those that
 // are forgotten. A View has them without the indexes.
 type generation struct {
 	pasts []past // by n without a gap; what is in it is not changed
-	lost  bool   // some may be of lost holds
+	// traces keep the last token of every lock that a lost hold of this
+	// generation was on, so that its holder can be told whether anyone came
+	// after.
+	traces *btree.Map[string, fence.Token]
 
 	// The n of a past, which may be forgotten.
 	byLease   map[LeaseID]uint64
@@ -59,18 +59,11 @@ type generation struct {
 	byToken   map[fence.Token]uint64
 }
 
-type trace struct {
-	name string
-	last fence.Token
-	refs int
-}
-
-func newMemory() memory {
-	return memory{young: newGeneration(), old: newGeneration(), traces: &btree.Map[string, trace]{}}
-}
+func newMemory() memory { return memory{young: newGeneration(), old: newGeneration()} }
 
 func newGeneration() generation {
 	return generation{
+		traces:    &btree.Map[string, fence.Token]{},
 		byLease:   make(map[LeaseID]uint64),
 		byRequest: make(map[RequestID]uint64),
 		byToken:   make(map[fence.Token]uint64),
@@ -79,10 +72,13 @@ func newGeneration() generation {
 
 // view returns what a View has of it.
 func (m *memory) view() memory {
+	return memory{count: m.count, young: m.young.view(), old: m.old.view()}
+}
+
+func (g *generation) view() generation {
 	// Without room to grow: what either of the two adds, the other must not
 	// see.
-	clip := func(g generation) generation { return generation{pasts: slices.Clip(g.pasts)} }
-	return memory{count: m.count, young: clip(m.young), old: clip(m.old), traces: m.traces.IsoCopy()}
+	return generation{pasts: slices.Clip(g.pasts), traces: g.traces.IsoCopy()}
 }
 
 func (m *memory) len() int { return len(m.old.pasts) + len(m.young.pasts) }
@@ -103,13 +99,7 @@ func (m *memory) remember(p past) {
 	m.add(p)
 	if p.lost() {
 		for _, name := range p.names {
-			t, ok := m.traces.Get(name)
-			if !ok {
-				t = trace{name: name}
-			}
-			t.refs++
-			t.last = max(t.last, p.token)
-			m.traces.Set(t.name, t)
+			m.young.traces.Set(name, max(m.last(name), p.token))
 		}
 	}
 }
@@ -117,7 +107,6 @@ func (m *memory) remember(p past) {
 // add enters a past, and makes it findable.
 func (m *memory) add(p past) {
 	if p.n/MinRemembered != m.count/MinRemembered {
-		m.release(m.old.pasts, m.old.lost)
 		m.old, m.young = m.young, m.old
 		m.young.clear()
 		if len(m.old.pasts) == MinRemembered { // filled: so will this one be
@@ -127,7 +116,6 @@ func (m *memory) add(p past) {
 	m.count = p.n
 	g := &m.young
 	g.pasts = append(g.pasts, p)
-	g.lost = g.lost || p.lost()
 	if p.leaseEnd {
 		g.byLease[p.lease] = p.n
 	}
@@ -141,40 +129,18 @@ func (m *memory) add(p past) {
 
 // clear empties a generation; views may have its pasts.
 func (g *generation) clear() {
-	g.pasts, g.lost = nil, false
+	g.pasts = nil
+	g.traces = &btree.Map[string, fence.Token]{}
 	clear(g.byLease)
 	clear(g.byRequest)
 	clear(g.byToken)
 }
 
-// release lets go of the traces that pasts keep.
-func (m *memory) release(list []past, lost bool) {
-	if !lost {
-		return
-	}
-	for i := range list {
-		if !list[i].lost() {
-			continue
-		}
-		for _, name := range list[i].names {
-			t, ok := m.traces.Get(name)
-			if !ok {
-				continue
-			}
-			if t.refs--; t.refs == 0 {
-				m.traces.Delete(t.name)
-			} else {
-				m.traces.Set(t.name, t)
-			}
-		}
-	}
-}
-
-// forget drops the pasts up to a revision.
+// forget drops the pasts up to a revision. Indexes and traces go with the last
+// of a generation.
 func (m *memory) forget(through uint64) {
 	for _, g := range []*generation{&m.old, &m.young} {
 		n := sort.Search(len(g.pasts), func(i int) bool { return g.pasts[i].revision > through })
-		m.release(g.pasts[:n], g.lost)
 		if g.pasts = g.pasts[n:]; len(g.pasts) > 0 {
 			return
 		}
@@ -211,19 +177,23 @@ func (m *memory) token(token fence.Token) *past {
 	return m.old.at(m.old.byToken[token])
 }
 
-// granted notes a grant on a lock that a remembered lost hold was on.
+// granted notes a grant on a lock that a remembered lost hold may have been on.
 func (m *memory) granted(name string, token fence.Token) {
-	if m.traces.Len() == 0 {
-		return
-	}
-	if t, ok := m.traces.Get(name); ok {
-		t.last = token
-		m.traces.Set(t.name, t)
+	for _, g := range []*generation{&m.young, &m.old} {
+		if g.traces.Len() == 0 {
+			continue
+		}
+		if _, ok := g.traces.Get(name); ok {
+			g.traces.Set(name, token)
+		}
 	}
 }
 
 // last returns the last token granted on a lock, if a trace of it is kept.
 func (m *memory) last(name string) fence.Token {
-	t, _ := m.traces.Get(name)
-	return t.last
+	if last, ok := m.young.traces.Get(name); ok {
+		return last
+	}
+	last, _ := m.old.traces.Get(name)
+	return last
 }

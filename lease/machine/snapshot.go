@@ -11,7 +11,7 @@ import (
 )
 
 // snapshotVersion is the first byte of a snapshot.
-const snapshotVersion = 1
+const snapshotVersion = 2
 
 // chunkSize is about how much Snapshot emits at a time.
 const chunkSize = 64 << 10
@@ -37,8 +37,15 @@ func (m *state) Snapshot(emit func(chunk []byte) error) error {
 	m.locks.Scan(func(_ string, k *lock) bool { return w.record(k.encode) })
 	w.table(m.memory.len())
 	m.memory.each(func(p *past) bool { return w.record(p.encode) })
-	w.table(m.memory.traces.Len())
-	m.memory.traces.Scan(func(_ string, t trace) bool { return w.record(t.encode) })
+	for _, g := range []*generation{&m.memory.old, &m.memory.young} {
+		w.table(g.traces.Len())
+		g.traces.Scan(func(name string, last fence.Token) bool {
+			return w.record(func(e *encoder) {
+				e.string(name)
+				e.uint(uint64(last))
+			})
+		})
+	}
 	return w.flush()
 }
 
@@ -132,11 +139,13 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 		r.err = fmt.Errorf("not all that ended is there: %w", ErrCorrupt)
 	}
 	m.memory.count = remembered
-	r.table(func(d *decoder) {
-		t := decodeTrace(d)
-		ascending(d, m.memory.traces, t.name)
-		m.memory.traces.Set(t.name, t)
-	})
+	for _, g := range []*generation{&m.memory.old, &m.memory.young} {
+		r.table(func(d *decoder) {
+			name, last := d.string(), fence.Token(d.uint())
+			ascending(d, g.traces, name)
+			g.traces.Set(name, last)
+		})
+	}
 	if r.err == nil {
 		r.err = m.check()
 	}
@@ -427,16 +436,6 @@ func decodePast(d *decoder) past {
 	p.request, p.token, p.names = RequestID(d.uint()), fence.Token(d.uint()), d.strings()
 	p.cause, p.by, p.at = EndCause(d.byte()), d.string(), d.int()
 	return p
-}
-
-func (t trace) encode(e *encoder) {
-	e.string(t.name)
-	e.uint(uint64(t.last))
-	e.uint(uint64(t.refs))
-}
-
-func decodeTrace(d *decoder) trace {
-	return trace{name: d.string(), last: fence.Token(d.uint()), refs: int(d.below(1 << 31))}
 }
 
 // writer gathers records into chunks.
