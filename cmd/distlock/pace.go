@@ -24,7 +24,7 @@ func tuneGC(ctx context.Context) {
 	}
 	sample := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
 	percent := goPercent
-	tick := time.NewTicker(5 * time.Second)
+	tick := time.NewTicker(250 * time.Millisecond)
 	defer tick.Stop()
 	for {
 		metrics.Read(sample)

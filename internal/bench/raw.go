@@ -308,7 +308,7 @@ func (b *bench) keepAlive(ctx context.Context) ([]Result, error) {
 	return []Result{r, beside}, nil
 }
 
-// probe acquires and releases a lock, 20 times a second.
+// probe acquires and releases a lock, five times a second.
 func (b *bench) probe(ctx context.Context, h *hdrhistogram.Histogram, stop *atomic.Bool) error {
 	one := *b
 	one.Connections = 1
@@ -317,7 +317,7 @@ func (b *bench) probe(ctx context.Context, h *hdrhistogram.Histogram, stop *atom
 		return err
 	}
 	defer done()
-	tick := time.NewTicker(50 * time.Millisecond)
+	tick := time.NewTicker(200 * time.Millisecond)
 	defer tick.Stop()
 	for !stop.Load() {
 		at := time.Now()
