@@ -71,7 +71,7 @@ var inTests = map[string][]string{
 
 // pure is all that the machine's code may import from outside the house:
 // nothing that could tell one replica from another.
-var pure = []string{"errors", "fmt", "slices", "sort", "strings", "encoding/binary", "github.com/tidwall/btree"}
+var pure = []string{"errors", "fmt", "slices", "sort", "strings", "unique", "encoding/binary", "github.com/tidwall/btree"}
 
 // light lists, by the room under fence, what else than the standard library a
 // guard may import: whoever guards a resource takes it all into the program,
