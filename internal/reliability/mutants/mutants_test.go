@@ -7,18 +7,15 @@ import (
 )
 
 // TestMutantsCanBePlanted: there are enough of them, and each has a layer that
-// must catch it. One whose place the code has outgrown is told of here, and
-// fails make mutants.
+// must catch it, and a place in the code as it is.
 func TestMutantsCanBePlanted(t *testing.T) {
 	if len(mutants) < 25 {
 		t.Errorf("%d mutants", len(mutants))
 	}
-	seen, planted := map[string]bool{}, 0
+	seen := map[string]bool{}
 	for _, m := range mutants {
 		if _, err := mutate(filepath.Join("..", "..", ".."), m); err != nil {
-			t.Log(err)
-		} else {
-			planted++
+			t.Error(err)
 		}
 		if seen[m.name] {
 			t.Errorf("%s is there twice", m.name)
@@ -27,8 +24,5 @@ func TestMutantsCanBePlanted(t *testing.T) {
 		if !slices.ContainsFunc(layers, func(l layer) bool { return l.name == m.by && l.runs(m.file) }) {
 			t.Errorf("%s: there is no layer %q that runs %s", m.name, m.by, m.file)
 		}
-	}
-	if planted < 25 {
-		t.Errorf("%d mutants can be planted", planted)
 	}
 }
