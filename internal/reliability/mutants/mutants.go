@@ -51,8 +51,8 @@ var mutants = []mutant{
 		"for _, id := range s.ended {\n\t\te.uint(uint64(id))\n\t}", "for range s.ended {\n\t\te.uint(0)\n\t}", "machine"},
 	{"a generation is forgotten too early", "lease/machine/memory.go",
 		"\t\tm.old, m.young = m.young, m.old\n", "", "machine"},
-	{"the last of several holders is lost", "lease/machine/machine.go",
-		"\tif k.holders == 1 {\n\t\tm.eachHolder", "\tif k.holders == 1 && k.waiters > 9 {\n\t\tm.eachHolder", "machine"},
+	{"a sole holder stays among several", "lease/machine/machine.go",
+		"\t\tm.holders.Delete(place{key: k.name, n: uint64(k.sole.token)})\n", "", "machine"},
 
 	// The manager.
 	{"release acknowledged before its commit", "lease/manager.go",
