@@ -140,7 +140,7 @@ const (
 	maxFlights  = 4       // batches in the log: it writes together what comes while it syncs
 	maxBatch    = 4096    // commands in one batch
 	maxBytes    = 4 << 20 // of one batch, about: a log refuses entries without bound
-	maxExpiries = 512     // leases in one expiry command, about two milliseconds' work: a mass expiry is smeared
+	maxExpiries = 256     // leases in one expiry command, about a millisecond's work: a mass expiry is smeared
 	markEvery   = 30 * time.Second
 	remember    = 10 * time.Minute
 )

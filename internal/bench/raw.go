@@ -102,24 +102,31 @@ func (b *bench) pipelined(ctx context.Context) ([]Result, error) {
 // pipe drives one stream with depth locks of its own, until stop; then it gives
 // back what it holds.
 func (b *bench) pipe(rpc multiplexClient, connection, depth int, h *hdrhistogram.Histogram, pairs *atomic.Int64, stop *atomic.Bool) error {
+	// A lock has one operation under way at a time, and Send is done with a
+	// message when it returns: the operations are made once.
 	type slot struct {
-		names []string
-		asked time.Time
+		asked            time.Time
+		acquire, release *pb.Operation
+		acquired         *pb.AcquireRequest
+		released         *pb.ReleaseRequest
 	}
 	slots := make([]slot, depth)
 	ttl := durationpb.New(time.Minute)
 	owner := fmt.Sprint("bench ", connection)
-	acquire := func(i int, now time.Time) *pb.Operation {
-		slots[i].asked = now
-		return &pb.Operation{Id: uint64(i + 1), Call: &pb.Operation_Acquire{Acquire: &pb.AcquireRequest{
-			Names: slots[i].names, Ttl: ttl, Owner: owner, RequestId: rand.Uint64N(1<<63-1) + 1, WaitForever: true,
-		}}}
+	acquire := func(s *slot, now time.Time) *pb.Operation {
+		s.asked = now
+		s.acquired.RequestId = rand.Uint64N(1<<63-1) + 1
+		return s.acquire
 	}
 	var out []*pb.Operation
 	now := time.Now()
 	for i := range slots {
-		slots[i].names = []string{b.name(connection*1_000_000 + i)}
-		out = append(out, acquire(i, now))
+		s, name := &slots[i], b.name(connection*1_000_000+i)
+		s.acquired = &pb.AcquireRequest{Names: []string{name}, Ttl: ttl, Owner: owner, WaitForever: true}
+		s.released = &pb.ReleaseRequest{Name: name}
+		s.acquire = &pb.Operation{Id: uint64(i + 1), Call: &pb.Operation_Acquire{Acquire: s.acquired}}
+		s.release = &pb.Operation{Id: uint64(i + 1), Call: &pb.Operation_Release{Release: s.released}}
+		out = append(out, acquire(s, now))
 	}
 	open := depth
 	for {
@@ -135,24 +142,23 @@ func (b *bench) pipe(rpc multiplexClient, connection, depth int, h *hdrhistogram
 		if err != nil {
 			return err
 		}
-		out = make([]*pb.Operation, 0, len(msg.GetAnswers()))
+		out = out[:0]
 		now := time.Now()
 		released := 0
 		for _, a := range msg.GetAnswers() {
-			i := int(a.GetId()) - 1
+			s := &slots[a.GetId()-1]
 			switch r := a.GetResult().(type) {
 			case *pb.Answer_Acquire:
 				g := r.Acquire.GetGrant()
-				out = append(out, &pb.Operation{Id: a.GetId(), Call: &pb.Operation_Release{Release: &pb.ReleaseRequest{
-					LeaseId: g.GetLeaseId(), Name: slots[i].names[0], Token: g.GetToken(),
-				}}})
+				s.released.LeaseId, s.released.Token = g.GetLeaseId(), g.GetToken()
+				out = append(out, s.release)
 			case *pb.Answer_Release:
 				released++
-				record(h, now.Sub(slots[i].asked))
+				record(h, now.Sub(s.asked))
 				if stop.Load() {
 					open--
 				} else {
-					out = append(out, acquire(i, now))
+					out = append(out, acquire(s, now))
 				}
 			case *pb.Answer_Failure:
 				return failure(r.Failure)
