@@ -38,7 +38,11 @@ func (s *Store) Apply(b machine.Batch) machine.Outcome {
 	if len(out.Events) == 0 {
 		return out
 	}
-	s.recent = append(s.recent, out.Events)
+	events := out.Events
+	if cap(events) > 2*len(events) { // of a batch mostly refused: the room is not kept
+		events = slices.Clone(events)
+	}
+	s.recent = append(s.recent, events)
 	if last := s.machine.Revision(); last >= s.oldest+ringSize {
 		s.oldest = last - ringSize + 1
 		for len(s.recent) > 1 && s.recent[1][0].Revision <= s.oldest {

@@ -209,3 +209,23 @@ func TestBatchLargerThanTheRing(t *testing.T) {
 		}
 	}
 }
+
+// What is refused has no events, and is not to cost the ring memory.
+func TestTheRingKeepsNoRoomOfRefusals(t *testing.T) {
+	s := NewStore(0)
+	apply(s, take("a", 1))
+	for n := range 100 {
+		var commands []machine.Command
+		for i := range 1000 {
+			commands = append(commands, take("a", RequestID(2+1001*n+i)))
+		}
+		apply(s, append(commands, take(fmt.Sprint("b", n), RequestID(1002+1001*n)))...)
+	}
+	room, events := 0, 0
+	for _, batch := range s.recent {
+		room, events = room+cap(batch), events+len(batch)
+	}
+	if events != 202 || room > 2*events {
+		t.Errorf("room for %d events, of which there are %d", room, events)
+	}
+}
