@@ -113,3 +113,32 @@ func TestBoundsCountWhatIsInFlight(t *testing.T) {
 		}
 	})
 }
+
+// A batch of a few expiries that took long, for a disk that hung, is followed
+// by the next at once, whoever else asks.
+func TestASlowExpiryDelaysNoOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, l := startScript(t)
+		defer r.stop()
+		for i, ttl := range []time.Duration{time.Second, 1500 * time.Millisecond} {
+			if _, err := r.own(string(rune('a'+i)), ttl, 0, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		l.holding(true, false)
+		time.Sleep(1100 * time.Millisecond) // the first is in the log
+		other := background(func() (Grant, error) { return r.own("c", time.Hour, 0, 0) })
+		time.Sleep(time.Second) // the second has fallen due
+		l.holding(false, false)
+		for range 2 {
+			l.commit()
+		}
+		if a := <-other; a.err != nil {
+			t.Fatal(a.err)
+		}
+		time.Sleep(tick)
+		if n := r.Status().Leases; n != 1 {
+			t.Errorf("%d leases, one of which fell due a while ago", n-1)
+		}
+	})
+}

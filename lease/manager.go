@@ -105,7 +105,7 @@ type loop struct {
 type flight struct {
 	term     uint64
 	proposed time.Duration
-	expiries bool // are among the commands
+	mass     bool // it ends as many leases as one batch may
 	calls    []*call
 	commands []machine.Command
 }
@@ -137,10 +137,11 @@ type mark struct {
 }
 
 const (
-	maxFlights  = 4       // batches in the log: it writes together what comes while it syncs
-	maxBatch    = 4096    // commands in one batch
-	maxBytes    = 4 << 20 // of one batch, about: a log refuses entries without bound
-	maxExpiries = 256     // leases in one expiry command, about a millisecond's work: a mass expiry is smeared
+	maxFlights  = 4                     // batches in the log: it writes together what comes while it syncs
+	maxBatch    = 4096                  // commands in one batch
+	maxBytes    = 4 << 20               // of one batch, about: a log refuses entries without bound
+	maxExpiries = 256                   // leases in one expiry command, about a millisecond's work: a mass expiry is smeared
+	maxPause    = 10 * time.Millisecond // between batches of a mass expiry
 	markEvery   = 30 * time.Second
 	remember    = 10 * time.Minute
 )
@@ -473,7 +474,7 @@ func (m *Manager) proposeBatch() bool {
 	// alive of which the manager already says that it is not.
 	if c := m.expiries(); c != nil {
 		f.add(c)
-		f.expiries, m.others = true, false
+		f.mass, m.others = len(c.cmd.(*machine.ExpireLeases).Leases) == maxExpiries, false
 	}
 	n, bytes := 0, 0
 	for ; n < len(m.pending) && len(f.calls) < maxBatch && bytes < maxBytes; n++ {
@@ -578,9 +579,10 @@ func (c *committed) take(m *Manager) {
 		m.reserved.sub(call.room)
 	}
 	defer m.land(c.flight)
-	if c.expiries && len(m.due) > 0 && m.others && m.leading {
-		// A mass expiry takes half of the time at most: others want theirs.
-		m.pause.deadline = m.now() + (m.now() - c.proposed)
+	if c.mass && len(m.due) > 0 && m.others && m.leading {
+		// It takes half of the time at most: others want theirs. What took
+		// longer was the disk, or a process that was stopped.
+		m.pause.deadline = m.now() + min(m.now()-c.proposed, maxPause)
 		m.wheel.arm(&m.pause)
 	}
 	if c.err != nil {
@@ -642,7 +644,7 @@ func (m *Manager) uncommitted(calls []*call, c *committed) {
 func (m *Manager) land(f *flight) {
 	clear(f.calls)
 	clear(f.commands)
-	f.calls, f.commands, f.expiries = f.calls[:0], f.commands[:0], false
+	f.calls, f.commands, f.mass = f.calls[:0], f.commands[:0], false
 	m.landed = append(m.landed, f)
 }
 

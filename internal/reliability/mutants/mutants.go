@@ -62,7 +62,7 @@ var mutants = []mutant{
 	{"what is in flight is counted once more when it is applied", "lease/manager.go",
 		"m.counts = c.out.Counts\n", "m.store.Read(func(s *machine.Machine) { m.counts = s.Counts() })\n", "manager"},
 	{"a mass expiry leaves no time for others", "lease/manager.go",
-		"if c.expiries && len(m.due) > 0 && m.others && m.leading {", "if c.expiries && len(m.due) > 0 && m.others && m.draining {", "manager"},
+		"if c.mass && len(m.due) > 0 && m.others && m.leading {", "if c.mass && len(m.due) > 0 && m.others && m.draining {", "manager"},
 	{"renewal without confirmation", "lease/manager.go",
 		"\tm.unasked = append(m.unasked, c)\n", "\tc.answer(m, nil)\n", "simulation"},
 	{"a round vouches for those who came after it began", "lease/manager.go",

@@ -653,13 +653,15 @@ func (l *log) arrive(p *proposal, key uint64) bool {
 		return false
 	}
 	l.mu.Lock()
-	for i, x := range l.pending {
-		if x == p {
-			l.pending = append(l.pending[:i:i], l.pending[i+1:]...)
-			break
-		}
+	first := l.pending[0] == p
+	if first {
+		l.pending = append([]*proposal(nil), l.pending[1:]...)
 	}
 	l.mu.Unlock()
+	if !first { // a log keeps the order
+		n.after(100*time.Microsecond, key, func() bool { return l.arrive(p, key) })
+		return false
+	}
 	c.commit(p.term, p.data)
 	p.over = true
 	e := &c.entries[len(c.entries)-1]
