@@ -156,25 +156,24 @@ func (g *generation) at(n uint64) *past {
 	return &g.pasts[n-g.pasts[0].n]
 }
 
-func (m *memory) lease(id LeaseID) *past {
-	if p := m.young.at(m.young.byLease[id]); p != nil {
+// find returns the past with one of two numbers, the younger first.
+func (m *memory) find(young, old uint64) *past {
+	if p := m.young.at(young); p != nil {
 		return p
 	}
-	return m.old.at(m.old.byLease[id])
+	return m.old.at(old)
+}
+
+func (m *memory) lease(id LeaseID) *past {
+	return m.find(m.young.byLease[id], m.old.byLease[id])
 }
 
 func (m *memory) request(id RequestID) *past {
-	if p := m.young.at(m.young.byRequest[id]); p != nil {
-		return p
-	}
-	return m.old.at(m.old.byRequest[id])
+	return m.find(m.young.byRequest[id], m.old.byRequest[id])
 }
 
 func (m *memory) token(token fence.Token) *past {
-	if p := m.young.at(m.young.byToken[token]); p != nil {
-		return p
-	}
-	return m.old.at(m.old.byToken[token])
+	return m.find(m.young.byToken[token], m.old.byToken[token])
 }
 
 // granted notes a grant on a lock that a remembered lost hold may have been on.
