@@ -87,7 +87,7 @@ soak: ## work a server for DURATION and watch its heap, goroutines, files and di
 
 .PHONY: pauses
 pauses: ## stop servers and clients and harm their network, FAULTS times in each way
-	$(GO) test ./internal/e2e -v -timeout 60m -run TestPausesAndPartitions -args -faults $(FAULTS)
+	$(GO) test ./internal/e2e -v -timeout 60m -parallel 7 -run TestPausesAndPartitions -args -faults $(FAULTS)
 
 .PHONY: linearizability
 linearizability: ## look for an order that explains RUNS histories of one node and of three under faults

@@ -22,16 +22,17 @@ import (
 var binary string
 
 func TestMain(m *testing.M) {
-	if os.Getenv(holderEnv) != "" {
-		if err := holder(os.Args[1], os.Args[2], os.Args[3]); err != nil {
-			fmt.Fprintln(os.Stderr, "holder:", err)
-			os.Exit(1)
+	// The tests' processes of clients are this binary too.
+	for env, client := range map[string]func(args []string) error{
+		holderEnv:  func(args []string) error { return holder(args[0], args[1], args[2]) },
+		writerEnv:  func(args []string) error { return writer(args[0], args[1], args[2]) },
+		hostileEnv: func(args []string) error { return hostile(args[0]) },
+	} {
+		if os.Getenv(env) == "" {
+			continue
 		}
-		return
-	}
-	if os.Getenv(writerEnv) != "" {
-		if err := writer(os.Args[1], os.Args[2], os.Args[3]); err != nil {
-			fmt.Fprintln(os.Stderr, "writer:", err)
+		if err := client(os.Args[1:]); err != nil {
+			fmt.Fprintf(os.Stderr, "%s: %v\n", env, err)
 			os.Exit(1)
 		}
 		return

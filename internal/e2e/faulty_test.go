@@ -1,22 +1,21 @@
 package e2e
 
 import (
-	"io"
 	"net"
 	"sync"
 	"testing"
 	"time"
 )
 
-// faulty is a TCP proxy before one server for one client, whose network can be
+// faulty is one client's network: a TCP proxy before each server, which can be
 // harmed: either way held up, delayed, or all connections broken.
 type faulty struct {
-	target  string
-	address string
+	addresses map[string]string // of the proxy, by that of the server
 
 	mu      sync.Mutex
 	changed *sync.Cond
-	held    [2]bool // to the server, from it
+	held    [2]bool // to the servers, from them
+	only    string  // the server that is held up; all where it is empty
 	delay   time.Duration
 	conns   map[net.Conn]struct{}
 	closed  bool
@@ -25,29 +24,36 @@ type faulty struct {
 
 const toServer, fromServer = 0, 1
 
-func newFaulty(t testing.TB, target string) *faulty {
+func newFaulty(t testing.TB, servers ...string) *faulty {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := &faulty{target: target, address: l.Addr().String(), conns: make(map[net.Conn]struct{})}
+	p := &faulty{addresses: make(map[string]string), conns: make(map[net.Conn]struct{})}
 	p.changed = sync.NewCond(&p.mu)
-	p.group.Go(func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			p.group.Go(func() { p.serve(c) })
-		}
-	})
+	var listeners []net.Listener
 	t.Cleanup(func() {
-		l.Close()
+		for _, l := range listeners {
+			l.Close()
+		}
 		p.set(func() { p.closed = true })
 		p.reset()
 		p.group.Wait()
 	})
+	for _, server := range servers {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		listeners = append(listeners, l)
+		p.addresses[server] = l.Addr().String()
+		p.group.Go(func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				p.group.Go(func() { p.serve(c, server) })
+			}
+		})
+	}
 	return p
 }
 
@@ -69,7 +75,7 @@ func (p *faulty) hold(ways ...int) {
 
 func (p *faulty) slow(d time.Duration) { p.set(func() { p.delay = d }) }
 
-func (p *faulty) mend() { p.set(func() { p.held, p.delay = [2]bool{}, 0 }) }
+func (p *faulty) mend() { p.set(func() { p.held, p.only, p.delay = [2]bool{}, "", 0 }) }
 
 // reset breaks all connections; new ones may be made.
 func (p *faulty) reset() {
@@ -84,8 +90,8 @@ func (p *faulty) reset() {
 	})
 }
 
-func (p *faulty) serve(near net.Conn) {
-	far, err := net.Dial("tcp", p.target)
+func (p *faulty) serve(near net.Conn, server string) {
+	far, err := net.Dial("tcp", server)
 	if err != nil {
 		near.Close()
 		return
@@ -101,11 +107,11 @@ func (p *faulty) serve(near net.Conn) {
 		far.Close()
 		return
 	}
-	p.group.Go(func() { p.carry(near, far, fromServer) })
-	p.carry(far, near, toServer)
+	p.group.Go(func() { p.carry(near, far, server, fromServer) })
+	p.carry(far, near, server, toServer)
 }
 
-func (p *faulty) carry(to, from net.Conn, way int) {
+func (p *faulty) carry(to, from net.Conn, server string, way int) {
 	defer to.Close()
 	defer from.Close()
 	buf := make([]byte, 64<<10)
@@ -113,7 +119,7 @@ func (p *faulty) carry(to, from net.Conn, way int) {
 		n, err := from.Read(buf)
 		if n > 0 {
 			p.mu.Lock()
-			for p.held[way] && !p.closed {
+			for p.held[way] && (p.only == "" || p.only == server) && !p.closed {
 				p.changed.Wait()
 			}
 			d := p.delay
@@ -124,9 +130,6 @@ func (p *faulty) carry(to, from net.Conn, way int) {
 			}
 		}
 		if err != nil {
-			if err != io.EOF {
-				return
-			}
 			return
 		}
 	}

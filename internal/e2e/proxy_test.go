@@ -18,6 +18,7 @@ type partitions struct {
 	t       testing.TB
 	mu      sync.Mutex
 	cut     map[way]bool
+	delay   time.Duration
 	changed chan struct{}
 	open    map[net.Conn]struct{}
 	closed  bool
@@ -78,11 +79,31 @@ func (p *partitions) set(cut bool, ways ...way) {
 	p.changed = make(chan struct{})
 }
 
-// mend ends all cuts.
+// slow delays what is sent between members, each piece by d.
+func (p *partitions) slow(d time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.delay = d
+}
+
+// reset breaks all connections between members.
+func (p *partitions) reset() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for c := range p.open {
+		if tcp, ok := c.(*net.TCPConn); ok {
+			tcp.SetLinger(0)
+		}
+		c.Close()
+	}
+}
+
+// mend ends all cuts and delays.
 func (p *partitions) mend() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	clear(p.cut)
+	p.delay = 0
 	close(p.changed)
 	p.changed = make(chan struct{})
 }
@@ -91,12 +112,13 @@ func (p *partitions) mend() {
 func (p *partitions) pass(w way) bool {
 	for {
 		p.mu.Lock()
-		cut, changed, closed := p.cut[w], p.changed, p.closed
+		cut, delay, changed, closed := p.cut[w], p.delay, p.changed, p.closed
 		p.mu.Unlock()
 		if closed {
 			return false
 		}
 		if !cut {
+			time.Sleep(delay)
 			return true
 		}
 		<-changed
