@@ -178,6 +178,9 @@ func (c *Client) conn(i int) (*grpc.ClientConn, error) {
 		}),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 5 * time.Second}),
 		grpc.WithDisableServiceConfig(),
+		// Of a fixed size, for gRPC finds others by pings with every message.
+		grpc.WithStaticStreamWindowSize(1 << 20),
+		grpc.WithStaticConnWindowSize(1 << 20),
 	}, c.dial...)
 	conn, err := grpc.NewClient("passthrough:///"+c.endpoints[i], opts...)
 	if err != nil {

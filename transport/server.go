@@ -144,6 +144,10 @@ func NewServer(cfg Config) *Server {
 			grpc.WaitForHandlers(true),
 			grpc.MaxConcurrentStreams(cfg.MaxStreams),
 			grpc.ReadBufferSize(8<<10), // kept by idle connections too
+			// Windows of a fixed size: gRPC finds others by a ping each way with
+			// every message, and lets a connection fill up to 16 MiB.
+			grpc.StaticStreamWindowSize(256<<10),
+			grpc.StaticConnWindowSize(512<<10),
 			grpc.MaxHeaderListSize(16<<10),
 			grpc.ConnectionTimeout(20*time.Second),
 			grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),

@@ -55,10 +55,8 @@ func TestCrashes(t *testing.T) {
 	calls := []string{"pwrite64", "write", "fdatasync"}
 	most := map[string]int{"pwrite64": 10, "fdatasync": 8, "write": 40}
 	killed := map[string]int{}
-	for k := range *crashes {
-		if t.Failed() {
-			break
-		}
+	k := 0
+	for ; k < *crashes && !spent(c.begin) && !t.Failed(); k++ {
 		point := ""
 		switch call := calls[rng.IntN(len(calls))]; k % 4 {
 		case 0: // at random
@@ -90,8 +88,8 @@ func TestCrashes(t *testing.T) {
 	for _, v := range check.All(c.history) {
 		t.Error(v)
 	}
-	t.Logf("%d kills; %d acquisitions and %d releases acknowledged, %d unknown ones resolved by request id, %d reads compared; by kind: %v",
-		*crashes, c.acquired, c.released, c.resolved, c.reads, killed)
+	t.Logf("%d of %d kills; %d acquisitions and %d releases acknowledged, %d unknown ones resolved by request id, %d reads compared; by kind: %v",
+		k, *crashes, c.acquired, c.released, c.resolved, c.reads, killed)
 }
 
 // TestCrashesInTheFirstStart kills the server at each of the calls that make

@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"net"
 	"os"
@@ -53,6 +54,11 @@ func TestMain(m *testing.M) {
 	os.RemoveAll(dir)
 	os.Exit(code)
 }
+
+var within = flag.Duration("within", 0, "how long a layer of the reliability suite goes on before it ends short of its budget; 0 for as long as it takes")
+
+// spent reports whether that time is over.
+func spent(begin time.Time) bool { return *within > 0 && time.Since(begin) > *within }
 
 // server is one distlock server process. It can be killed and started again
 // on the same address and data directory.

@@ -112,15 +112,16 @@ func TestModelTellsBadHistories(t *testing.T) {
 
 // TestLinearizable has callers, eight a lock, take, release and read locks of
 // real processes while these are killed, stopped and cut off, and looks for an
-// order in which a single lock service would have answered the same.
+// order in which a single lock service would have answered the same. Every
+// other caller speaks through a stream, which it shares.
 func TestLinearizable(t *testing.T) {
 	alone := startServer(t, "--data-dir", t.TempDir(), "--run-async")
 	var three *group
 	if *runs > 1 {
 		three = startGroup(t, 3, "--run-async")
 	}
-	total, faults := 0, map[string]int{}
-	for run := range *runs {
+	total, faults, begin, run := 0, map[string]int{}, time.Now(), 0
+	for ; run < *runs && !spent(begin); run++ {
 		l := &linear{t: t, run: run, begin: time.Now(), rng: rand.New(rand.NewPCG(uint64(run), uint64(time.Now().UnixNano())))}
 		l.next.Store(uint64(time.Now().UnixNano()))
 		var fault func() string
@@ -142,7 +143,7 @@ func TestLinearizable(t *testing.T) {
 			t.Fatalf("run %d of %d operations: %v", run, len(history), got)
 		}
 	}
-	t.Logf("%d histories of %d operations in all, linearizable; faults: %v", *runs, total, faults)
+	t.Logf("%d of %d histories, of %d operations in all, linearizable; faults: %v", run, *runs, total, faults)
 }
 
 // linear plays one history.
@@ -165,8 +166,16 @@ func (l *linear) play(fault func() string, faults map[string]int) []porcupine.Op
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	var group sync.WaitGroup
-	for n := range keys * callers {
-		group.Go(func() { l.caller(ctx, n, fmt.Sprintf("linear/%d/%d", l.run, n%keys)) })
+	for key := range keys {
+		var lines []*line
+		for _, e := range l.endpoints {
+			line := newLine(l.t, e)
+			defer line.close()
+			lines = append(lines, line)
+		}
+		for n := range callers {
+			group.Go(func() { l.caller(ctx, key*callers+n, fmt.Sprintf("linear/%d/%d", l.run, key), lines, n%2 == 1) })
+		}
 	}
 	stop := make(chan struct{})
 	harming := make(chan struct{})
@@ -187,26 +196,106 @@ func (l *linear) play(fault func() string, faults map[string]int) []porcupine.Op
 	return l.history
 }
 
-func (l *linear) caller(ctx context.Context, n int, key string) {
-	rng := rand.New(rand.NewPCG(uint64(l.run), uint64(n)))
-	conns := make([]*grpc.ClientConn, len(l.endpoints))
-	for i, e := range l.endpoints {
-		// gRPC's own pause between attempts to connect grows to two minutes.
-		conn, err := grpc.NewClient("passthrough:///"+e, grpc.WithTransportCredentials(insecure.NewCredentials()),
-			grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond}}))
+// line is how the callers of one lock reach one endpoint: a connection, and a
+// stream on it.
+type line struct {
+	pb.LockServiceClient
+	conn *grpc.ClientConn
+
+	mu      sync.Mutex
+	stream  grpc.BidiStreamingClient[pb.MultiplexRequest, pb.MultiplexResponse]
+	end     context.CancelFunc // of the stream
+	last    uint64             // id of an operation
+	waiting map[uint64]chan *pb.Answer
+	group   sync.WaitGroup
+}
+
+func newLine(t *testing.T, endpoint string) *line {
+	// gRPC's own pause between attempts to connect grows to two minutes.
+	conn, err := grpc.NewClient("passthrough:///"+endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond}}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &line{LockServiceClient: pb.NewLockServiceClient(conn), conn: conn}
+}
+
+func (l *line) close() {
+	l.conn.Close()
+	l.group.Wait()
+}
+
+// do has an operation done on the stream, and its failure as the error that a
+// unary call ends with.
+func (l *line) do(ctx context.Context, op *pb.Operation) (*pb.Answer, error) {
+	answer := make(chan *pb.Answer, 1)
+	l.mu.Lock()
+	if l.stream == nil {
+		of, end := context.WithCancel(context.Background())
+		stream, err := pb.NewStreamServiceClient(l.conn).Multiplex(of)
 		if err != nil {
-			l.t.Error(err)
+			end()
+			l.mu.Unlock()
+			return nil, err
+		}
+		l.stream, l.end, l.waiting = stream, end, map[uint64]chan *pb.Answer{}
+		l.group.Go(func() { l.listen(stream) })
+	}
+	l.last++
+	op.Id = l.last
+	l.waiting[op.Id] = answer
+	l.stream.Send(&pb.MultiplexRequest{Operations: []*pb.Operation{op}}) // after an error the stream ends, and answers
+	l.mu.Unlock()
+	select {
+	case a := <-answer:
+		if a == nil {
+			return nil, status.Error(codes.Unavailable, "the stream ended")
+		}
+		if f := a.GetFailure(); f != nil {
+			s, err := status.New(codes.Code(f.GetCode()), f.GetMessage()).WithDetails(&errdetails.ErrorInfo{Reason: f.GetReason()})
+			if err != nil {
+				return nil, err
+			}
+			return nil, s.Err()
+		}
+		return a, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+func (l *line) listen(stream grpc.BidiStreamingClient[pb.MultiplexRequest, pb.MultiplexResponse]) {
+	for {
+		m, err := stream.Recv()
+		l.mu.Lock()
+		if err != nil {
+			for _, answer := range l.waiting {
+				close(answer)
+			}
+			l.end()
+			l.stream, l.waiting = nil, nil
+			l.mu.Unlock()
 			return
 		}
-		defer conn.Close()
-		conns[i] = conn
+		for _, a := range m.GetAnswers() {
+			if answer := l.waiting[a.GetId()]; answer != nil {
+				answer <- a
+				delete(l.waiting, a.GetId())
+			}
+		}
+		l.mu.Unlock()
 	}
-	at := n % len(conns)
+}
+
+// caller plays one of those who want a lock.
+func (l *linear) caller(ctx context.Context, n int, key string, lines []*line, streams bool) {
+	rng := rand.New(rand.NewPCG(uint64(l.run), uint64(n)))
+	at := n % len(lines)
 	// try repeats a call until it is answered; attempts counts.
-	try := func(fn func(pb.LockServiceClient) error) (reason string, attempts int, err error) {
+	try := func(fn func(*line) error) (reason string, attempts int, err error) {
 		for {
 			attempts++
-			err := fn(pb.NewLockServiceClient(conns[at]))
+			err := fn(lines[at])
 			if err == nil {
 				return "", attempts, nil
 			}
@@ -218,9 +307,31 @@ func (l *linear) caller(ctx context.Context, n int, key string) {
 			if ctx.Err() != nil || status.Code(err) != codes.Unavailable {
 				return reason, attempts, err
 			}
-			at = (at + 1) % len(conns)
+			at = (at + 1) % len(lines)
 			time.Sleep(time.Duration(5+rng.IntN(20)) * time.Millisecond)
 		}
+	}
+	acquire := func(s *line, r *pb.AcquireRequest) (*pb.AcquireResponse, error) {
+		if !streams {
+			return s.Acquire(ctx, r)
+		}
+		a, err := s.do(ctx, &pb.Operation{Call: &pb.Operation_Acquire{Acquire: r}})
+		return a.GetAcquire(), err
+	}
+	release := func(s *line, r *pb.ReleaseRequest) (err error) {
+		if streams {
+			_, err = s.do(ctx, &pb.Operation{Call: &pb.Operation_Release{Release: r}})
+		} else {
+			_, err = s.Release(ctx, r)
+		}
+		return err
+	}
+	check := func(s *line, r *pb.CheckTokenRequest) (*pb.CheckTokenResponse, error) {
+		if !streams {
+			return s.CheckToken(ctx, r)
+		}
+		a, err := s.do(ctx, &pb.Operation{Call: &pb.Operation_CheckToken{CheckToken: r}})
+		return a.GetCheckToken(), err
 	}
 	add := func(call time.Time, in lockOp, out lockAnswer) {
 		l.done.Add(1)
@@ -233,9 +344,8 @@ func (l *linear) caller(ctx context.Context, n int, key string) {
 		call := time.Now()
 		switch k := rng.IntN(8); {
 		case token != 0 && k < 5:
-			_, _, err := try(func(s pb.LockServiceClient) error {
-				_, err := s.Release(ctx, &pb.ReleaseRequest{LeaseId: leaseID, Name: key, Token: token})
-				return err
+			_, _, err := try(func(s *line) error {
+				return release(s, &pb.ReleaseRequest{LeaseId: leaseID, Name: key, Token: token})
 			})
 			if err != nil {
 				l.t.Errorf("run %d: release of token %d: %v", l.run, token, err)
@@ -246,8 +356,8 @@ func (l *linear) caller(ctx context.Context, n int, key string) {
 		case token == 0 && k < 5:
 			id := l.next.Add(1)
 			var g *pb.Grant
-			reason, attempts, err := try(func(s pb.LockServiceClient) error {
-				resp, err := s.Acquire(ctx, &pb.AcquireRequest{RequestId: id & (1<<63 - 1), Names: []string{key}, Mode: pb.Mode_MODE_EXCLUSIVE, Ttl: durationpb.New(time.Hour)})
+			reason, attempts, err := try(func(s *line) error {
+				resp, err := acquire(s, &pb.AcquireRequest{RequestId: id & (1<<63 - 1), Names: []string{key}, Mode: pb.Mode_MODE_EXCLUSIVE, Ttl: durationpb.New(time.Hour)})
 				g = resp.GetGrant()
 				return err
 			})
@@ -265,7 +375,7 @@ func (l *linear) caller(ctx context.Context, n int, key string) {
 			}
 		case k < 7:
 			var held uint64
-			if _, _, err := try(func(s pb.LockServiceClient) error {
+			if _, _, err := try(func(s *line) error {
 				resp, err := s.Get(ctx, &pb.GetRequest{Name: key})
 				held = 0
 				for _, h := range resp.GetLock().GetHolders() {
@@ -279,8 +389,8 @@ func (l *linear) caller(ctx context.Context, n int, key string) {
 			add(call, lockOp{"get", key, 0}, lockAnswer{token: held})
 		case max(token, last) != 0:
 			var live bool
-			if _, _, err := try(func(s pb.LockServiceClient) error {
-				resp, err := s.CheckToken(ctx, &pb.CheckTokenRequest{Name: key, Token: max(token, last)})
+			if _, _, err := try(func(s *line) error {
+				resp, err := check(s, &pb.CheckTokenRequest{Name: key, Token: max(token, last)})
 				live = resp.GetLive()
 				return err
 			}); err != nil {

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -93,7 +94,7 @@ func holder(servers, name, judge string) error {
 func TestPausesAndPartitions(t *testing.T) {
 	all := &tally{counts: make(map[string]int)}
 	t.Run("all", func(t *testing.T) { all.run(t) })
-	t.Logf("%v; %d grants were counted on, %d writes accepted and %d late ones turned away", all.counts, all.grants, all.accepted, all.refused)
+	t.Logf("asked for %d of each: %v; %d grants were counted on, %d writes accepted and %d late ones turned away", *faultsEach, all.counts, all.grants, all.accepted, all.refused)
 }
 
 // tally adds up what was done in all arenas.
@@ -260,12 +261,13 @@ func (a *arenas) play(each int, servers []harm) {
 		kinds = append(kinds, "cut from one of the servers")
 	}
 	var group sync.WaitGroup
+	var faults atomic.Int64
 	harmed := make(chan struct{})
 	for n := range a.names {
 		group.Go(func() {
 			r := rand.New(rand.NewPCG(uint64(n), uint64(a.begin.UnixNano())))
 			for i := n; ; i += len(a.names) {
-				if i >= each*len(kinds) {
+				if i >= each*len(kinds) || spent(a.begin) {
 					select {
 					case <-harmed:
 						return
@@ -274,19 +276,19 @@ func (a *arenas) play(each int, servers []harm) {
 				}
 				time.Sleep(time.Duration(50+r.IntN(250)) * time.Millisecond)
 				a.harmHolder(r, kinds[(n+i/len(a.names))%len(kinds)], n)
+				faults.Add(1)
 			}
 		})
 	}
 	r := rand.New(rand.NewPCG(99, uint64(a.begin.UnixNano())))
-	faults := each * len(kinds)
 	for round, more := 0, true; more; round++ {
 		more = false
 		for _, h := range servers {
-			if round < h.times {
+			if round < h.times && !spent(a.begin) {
 				time.Sleep(time.Duration(100+r.IntN(500)) * time.Millisecond)
 				h.do(r, func() { time.Sleep(lasts(r)) })
 				a.tally.count(h.name)
-				faults++
+				faults.Add(1)
 				more = true
 			}
 		}
@@ -306,8 +308,8 @@ func (a *arenas) play(each int, servers []harm) {
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if len(j.tokens) < faults/2 {
-		t.Errorf("only %d grants beside %d faults", len(j.tokens), faults)
+	if n := faults.Load(); len(j.tokens) < int(n)/2 {
+		t.Errorf("only %d grants beside %d faults", len(j.tokens), n)
 	}
 	a.tally.mu.Lock()
 	defer a.tally.mu.Unlock()
