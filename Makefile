@@ -14,6 +14,8 @@ SEEDS         ?= 2000
 CRASHES       ?= 200
 RUNS          ?= 100
 FAULTS        ?= 100
+# How long crashes, linearizability and pauses may go on, budget or not; 0s: as long as they take.
+WITHIN        ?= 0s
 DURATION      ?= 10m
 RECORDS       ?= 1000
 FLIPS         ?= 2000
@@ -79,7 +81,7 @@ files: ## cut a log of RECORDS at every record, and flip FLIPS of its bits
 
 .PHONY: crashes
 crashes: ## kill the server CRASHES times, at random and at its nth write or sync (needs strace)
-	$(GO) test ./internal/e2e -v -timeout 30m -run '^TestCrashes' -args -crashes $(CRASHES) -first-crashes 4
+	$(GO) test ./internal/e2e -v -timeout 30m -run '^TestCrashes' -args -crashes $(CRASHES) -first-crashes 4 -within $(WITHIN)
 
 .PHONY: soak
 soak: ## work a server for DURATION and watch its heap, goroutines, files and disk
@@ -87,11 +89,11 @@ soak: ## work a server for DURATION and watch its heap, goroutines, files and di
 
 .PHONY: pauses
 pauses: ## stop servers and clients and harm their network, FAULTS times in each way
-	$(GO) test ./internal/e2e -v -timeout 60m -parallel 7 -run TestPausesAndPartitions -args -faults $(FAULTS)
+	$(GO) test ./internal/e2e -v -timeout 60m -parallel 7 -run TestPausesAndPartitions -args -faults $(FAULTS) -within $(WITHIN)
 
 .PHONY: linearizability
 linearizability: ## look for an order that explains RUNS histories of one node and of three under faults
-	$(GO) test ./internal/e2e -v -timeout 60m -run 'TestLinearizable|TestModel' -args -runs $(RUNS) -operations 5000
+	$(GO) test ./internal/e2e -v -timeout 60m -run 'TestLinearizable|TestModel' -args -runs $(RUNS) -operations 5000 -within $(WITHIN)
 
 .PHONY: mutants
 mutants: ## plant each known bug and see which layers catch it (MUTANTS=-gate: only the one that must)

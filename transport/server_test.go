@@ -1,7 +1,9 @@
 package transport
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"strings"
@@ -14,6 +16,7 @@ import (
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
 	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -329,6 +332,60 @@ func TestTooManyPingsEndTheConnection(t *testing.T) {
 	}
 	if _, err := r.locks().Release(soon(t), &pb.ReleaseRequest{}); err != nil {
 		t.Errorf("another connection: %v", err)
+	}
+}
+
+// TestWindowsAreOfAFixedSize: gRPC would measure the way to each client by a
+// ping with every message, and let it fill up to 16 MiB: whoever sends giants
+// would keep the server from the others.
+func TestWindowsAreOfAFixedSize(t *testing.T) {
+	r := serve(t, Config{Manager: &manager{
+		release: func(context.Context, lease.ReleaseRequest) error { return nil },
+	}})
+	conn, err := net.Dial("tcp", r.address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(20 * time.Second))
+	if _, err := conn.Write([]byte(http2.ClientPreface)); err != nil {
+		t.Fatal(err)
+	}
+	framer := http2.NewFramer(conn, conn)
+	var head bytes.Buffer
+	enc := hpack.NewEncoder(&head)
+	for _, h := range [][2]string{
+		{":method", "POST"}, {":scheme", "http"}, {":path", pb.LockService_Release_FullMethodName}, {":authority", "x"},
+		{"content-type", "application/grpc"}, {"te", "trailers"},
+	} {
+		enc.WriteField(hpack.HeaderField{Name: h[0], Value: h[1]})
+	}
+	if err := errors.Join(
+		framer.WriteSettings(),
+		framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: head.Bytes(), EndHeaders: true}),
+		framer.WriteData(1, true, make([]byte, 5)), // an empty message
+	); err != nil {
+		t.Fatal(err)
+	}
+	window := uint32(0)
+	for answered := false; !answered; {
+		frame, err := framer.ReadFrame()
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch f := frame.(type) {
+		case *http2.SettingsFrame:
+			if v, ok := f.Value(http2.SettingInitialWindowSize); ok {
+				window = v
+			}
+		case *http2.PingFrame:
+			t.Error("a ping with a message")
+		case *http2.HeadersFrame:
+			answered = f.StreamEnded()
+		}
+	}
+	if window != 256<<10 {
+		t.Errorf("the window of a stream is %d bytes", window)
 	}
 }
 

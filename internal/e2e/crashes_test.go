@@ -4,10 +4,12 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -28,7 +30,8 @@ var (
 )
 
 // TestCrashes kills the server under load: at random, and at the entry to its
-// nth write, sync or rename, wherever that is. Every restart is held against
+// nth write or sync, wherever that is, and to the calls by which a snapshot
+// takes its place and the log before it goes. Every restart is held against
 // all that was acknowledged, and what was not is asked for again by its
 // request id. Writes and syncs that fail (EIO, ENOSPC) must end the server
 // before it acknowledges anything more.
@@ -40,7 +43,7 @@ func TestCrashes(t *testing.T) {
 		t.Skip("strace is not installed: apt-get install strace to include this one")
 	}
 	c := &crasher{t: t, begin: time.Now(), history: &check.History{}, asked: map[uint64]time.Duration{}, open: map[uint64]*pb.AcquireRequest{}}
-	c.srv = &server{t: t, address: freeAddress(t), args: []string{"--data-dir", t.TempDir(), "--run-async"}}
+	c.srv = &server{t: t, address: freeAddress(t), args: []string{"--data-dir", t.TempDir(), "--run-async", "--snapshot-mib", "1"}}
 	t.Cleanup(func() {
 		if c.srv.cmd != nil {
 			c.srv.killAll()
@@ -54,14 +57,20 @@ func TestCrashes(t *testing.T) {
 	// into them a kill makes sense.
 	calls := []string{"pwrite64", "write", "fdatasync"}
 	most := map[string]int{"pwrite64": 10, "fdatasync": 8, "write": 40}
+	ofSnapshots := map[string]int{"mkdirat": 1, "fsync": 3, "renameat": 1, "unlinkat": 2}
 	killed := map[string]int{}
 	k := 0
 	for ; k < *crashes && !spent(c.begin) && !t.Failed(); k++ {
 		point := ""
-		switch call := calls[rng.IntN(len(calls))]; k % 4 {
-		case 0: // at random
+		snapshots := k%8 == 7
+		switch call := calls[rng.IntN(len(calls))]; {
+		case snapshots:
+			names := slices.Sorted(maps.Keys(ofSnapshots))
+			call = names[rng.IntN(len(names))]
+			point = fmt.Sprintf("%s:signal=KILL:when=%d", call, 1+rng.IntN(ofSnapshots[call]))
+		case k%4 == 0: // at random
 			c.srv.wrap = nil
-		case 3: // an error in place of the call
+		case k%4 == 3: // an error in place of the call
 			call = []string{"pwrite64", "fdatasync"}[rng.IntN(2)]
 			point = fmt.Sprintf("%s:error=%s:when=%d", call, []string{"EIO", "ENOSPC"}[rng.IntN(2)], 1+rng.IntN(most[call]))
 		default:
@@ -72,7 +81,7 @@ func TestCrashes(t *testing.T) {
 			c.srv.wrap = []string{"strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=" + name, "-e", "inject=" + point}
 		}
 		c.srv.spawn()
-		how := c.load(k, time.Duration(50+rng.IntN(250))*time.Millisecond)
+		how := c.load(k, time.Duration(50+rng.IntN(250))*time.Millisecond, snapshots)
 		if point == "" {
 			how = "at random"
 		} else {
@@ -213,8 +222,15 @@ func (c *crasher) dial() *grpc.ClientConn {
 
 const crashTTL = 20 * time.Minute
 
-// load works until the server is gone, or for a while.
-func (c *crasher) load(round int, after time.Duration) (how string) {
+// load works until the server is gone, or for a while; with metadata that soon
+// makes it take a snapshot, if that is wanted.
+func (c *crasher) load(round int, after time.Duration, snapshots bool) (how string) {
+	patience, held := 1500*time.Millisecond, 2
+	var metadata map[string]string
+	if snapshots {
+		patience, held = 4*time.Second, 20
+		metadata = map[string]string{"filler": strings.Repeat("x", 4000)}
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	var group sync.WaitGroup
@@ -226,7 +242,7 @@ func (c *crasher) load(round int, after time.Duration) (how string) {
 			for i := 0; ctx.Err() == nil; i++ {
 				name := fmt.Sprintf("crash/%d/%d/%d", round, worker, i)
 				id := uint64(round+1)<<32 | uint64(worker)<<24 | uint64(i+1)
-				req := &pb.AcquireRequest{Names: []string{name}, Mode: pb.Mode_MODE_EXCLUSIVE, Ttl: durationpb.New(crashTTL), RequestId: id, Owner: "crash"}
+				req := &pb.AcquireRequest{Names: []string{name}, Mode: pb.Mode_MODE_EXCLUSIVE, Ttl: durationpb.New(crashTTL), RequestId: id, Owner: "crash", Metadata: metadata}
 				g, err := c.acquire(ctx, locks, req)
 				if err != nil {
 					if i == 0 && ctx.Err() == nil { // not up yet
@@ -236,7 +252,7 @@ func (c *crasher) load(round int, after time.Duration) (how string) {
 					}
 					return
 				}
-				if i%2 == 0 {
+				if i%held != 1 {
 					if err := c.release(ctx, locks, g); err != nil {
 						return
 					}
@@ -256,7 +272,7 @@ func (c *crasher) load(round int, after time.Duration) (how string) {
 		select {
 		case <-c.srv.exited:
 			how = "at its"
-		case <-time.After(max(0, 1500*time.Millisecond-time.Since(began))):
+		case <-time.After(max(0, patience-time.Since(began))):
 			how = "at random, before its"
 		}
 	}
