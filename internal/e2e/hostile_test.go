@@ -28,7 +28,7 @@ import (
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
 
-var quietly = flag.Int("quiet", 300, "grants that TestHostileClients measures, alone and among hostile clients")
+var quietly = flag.Int("quiet", 300, "grants that TestHostileClients and TestStrangers measure, alone and among others")
 
 // hostileEnv makes the test's binary a process of hostile clients.
 const hostileEnv = "DISTLOCK_E2E_HOSTILE"
@@ -47,24 +47,9 @@ func TestHostileClients(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer quiet.Close()
-	measure := func(n int) (p50, p99 time.Duration) {
-		var took []time.Duration
-		for range n {
-			began := time.Now()
-			lock, err := quiet.TryAcquire(ctx, "quiet", client.TTL(10*time.Second)) // of waiting places there may be none
-			if err != nil {
-				t.Fatalf("the quiet client: %v", err)
-			}
-			took = append(took, time.Since(began))
-			if err := lock.Release(ctx); err != nil {
-				t.Fatalf("the quiet client: %v", err)
-			}
-		}
-		slices.Sort(took)
-		return took[len(took)/2], took[len(took)*99/100]
-	}
-	measure(*quietly)
-	p50, p99 := measure(*quietly)
+	measure := func() (p50, p99 time.Duration) { return grants(t, ctx, quiet) }
+	measure()
+	p50, p99 := measure()
 
 	cmd := exec.Command("chrt", "--idle", "0", os.Args[0], srv.address)
 	cmd.Env = append(os.Environ(), hostileEnv+"=1")
@@ -108,7 +93,7 @@ func TestHostileClients(t *testing.T) {
 	if e < 100 || g < 10 || b < 10 {
 		t.Fatalf("%d were told that a limit is reached, %d giants were answered, %d connections sent broken frames", e, g, b)
 	}
-	during50, during99 := measure(*quietly)
+	during50, during99 := measure()
 	e, g, b = exhausted.Load()-e, giants.Load()-g, broken.Load()-b
 	memory := srv.memory()
 	t.Logf("a quiet client's grants: p50 %v and p99 %v alone, %v and %v among hostile ones: %.1fx and %.1fx; "+
@@ -122,6 +107,25 @@ func TestHostileClients(t *testing.T) {
 	if info, err := quiet.Get(ctx, "quiet"); err != nil || len(info.Holders) != 0 {
 		t.Errorf("%+v %v", info, err)
 	}
+}
+
+// grants measures a client that takes a lock and gives it back, again and again.
+func grants(t *testing.T, ctx context.Context, c *client.Client) (p50, p99 time.Duration) {
+	t.Helper()
+	var took []time.Duration
+	for range *quietly {
+		began := time.Now()
+		lock, err := c.TryAcquire(ctx, "quiet", client.TTL(10*time.Second)) // of waiting places there may be none
+		if err != nil {
+			t.Fatalf("the quiet client: %v", err)
+		}
+		took = append(took, time.Since(began))
+		if err := lock.Release(ctx); err != nil {
+			t.Fatalf("the quiet client: %v", err)
+		}
+	}
+	slices.Sort(took)
+	return took[len(took)/2], took[len(took)*99/100]
 }
 
 // hostile does all that at once, and prints every 10 ms how many calls were
