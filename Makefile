@@ -93,7 +93,7 @@ pauses: ## stop servers and clients and harm their network, FAULTS times in each
 
 .PHONY: linearizability
 linearizability: ## look for an order that explains RUNS histories of one node and of three under faults
-	$(GO) test ./internal/e2e -v -timeout 60m -run 'TestLinearizable|TestModel' -args -runs $(RUNS) -operations 5000 -within $(WITHIN)
+	$(GO) test ./internal/e2e -v -timeout 60m -parallel 3 -run 'TestLinearizable|TestModel' -args -runs $(RUNS) -operations 5000 -within $(WITHIN)
 
 .PHONY: mutants
 mutants: ## plant each known bug and see which layers catch it (MUTANTS=-gate: only the one that must)

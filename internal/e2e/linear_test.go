@@ -115,25 +115,48 @@ func TestModelTellsBadHistories(t *testing.T) {
 // order in which a single lock service would have answered the same. Every
 // other caller speaks through a stream, which it shares.
 func TestLinearizable(t *testing.T) {
-	alone := startServer(t, "--data-dir", t.TempDir(), "--run-async")
-	var three *group
-	if *runs > 1 {
-		three = startGroup(t, 3, "--run-async")
-	}
-	total, faults, begin, run := 0, map[string]int{}, time.Now(), 0
-	for ; run < *runs && !spent(begin); run++ {
-		l := &linear{t: t, run: run, begin: time.Now(), rng: rand.New(rand.NewPCG(uint64(run), uint64(time.Now().UnixNano())))}
-		l.next.Store(uint64(time.Now().UnixNano()))
-		var fault func() string
-		if run%2 == 0 {
-			l.endpoints = []string{alone.address}
-			fault = func() string { return l.harmOne(alone) }
-		} else {
-			l.endpoints = three.endpoints()
-			fault = func() string { return l.harmThree(three) }
+	all := &histories{faults: map[string]int{}}
+	t.Run("all", func(t *testing.T) {
+		t.Run("one node", func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t, "--data-dir", t.TempDir(), "--run-async")
+			all.play(t, (*runs+1)/2, []string{srv.address}, func(l *linear) string { return l.harmOne(srv) })
+		})
+		const clusters = 2
+		for n := range clusters {
+			share := (*runs/2 + n) / clusters
+			if share == 0 {
+				continue
+			}
+			t.Run(fmt.Sprint("three nodes/", n), func(t *testing.T) {
+				t.Parallel()
+				g := startGroup(t, 3, "--run-async")
+				all.play(t, share, g.endpoints(), func(l *linear) string { return l.harmThree(g) })
+			})
 		}
-		history := l.play(fault, faults)
-		total += len(history)
+	})
+	t.Logf("%d of %d histories, of %d operations in all, linearizable; faults: %v", all.played, *runs, all.operations, all.faults)
+}
+
+// histories counts what was played.
+type histories struct {
+	mu                 sync.Mutex
+	played, operations int
+	faults             map[string]int
+}
+
+// play plays and judges one history after the other.
+func (all *histories) play(t *testing.T, runs int, endpoints []string, harm func(*linear) string) {
+	begin := time.Now()
+	for run := 0; run < runs && !spent(begin); run++ {
+		l := &linear{t: t, run: run, begin: time.Now(), rng: rand.New(rand.NewPCG(uint64(run), uint64(time.Now().UnixNano()))), endpoints: endpoints}
+		l.next.Store(uint64(time.Now().UnixNano()))
+		history := l.play(func() {
+			fault := harm(l)
+			all.mu.Lock()
+			defer all.mu.Unlock()
+			all.faults[fault]++
+		})
 		if t.Failed() {
 			return
 		}
@@ -142,8 +165,11 @@ func TestLinearizable(t *testing.T) {
 		default: // Unknown is a failure too
 			t.Fatalf("run %d of %d operations: %v", run, len(history), got)
 		}
+		all.mu.Lock()
+		all.played++
+		all.operations += len(history)
+		all.mu.Unlock()
 	}
-	t.Logf("%d of %d histories, of %d operations in all, linearizable; faults: %v", run, *runs, total, faults)
 }
 
 // linear plays one history.
@@ -161,7 +187,7 @@ type linear struct {
 }
 
 // play runs the callers, and a fault now and then.
-func (l *linear) play(fault func() string, faults map[string]int) []porcupine.Operation {
+func (l *linear) play(fault func()) []porcupine.Operation {
 	const keys, callers = 4, 8
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
@@ -186,7 +212,7 @@ func (l *linear) play(fault func() string, faults map[string]int) []porcupine.Op
 			case <-stop:
 				return
 			case <-time.After(time.Duration(100+l.rng.IntN(500)) * time.Millisecond):
-				faults[fault()]++
+				fault()
 			}
 		}
 	}()
