@@ -14,9 +14,7 @@ import (
 	"github.com/anishathalye/porcupine"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -237,12 +235,7 @@ type line struct {
 }
 
 func newLine(t *testing.T, endpoint string) *line {
-	// gRPC's own pause between attempts to connect grows to two minutes.
-	conn, err := grpc.NewClient("passthrough:///"+endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond}}))
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn := connect(t, endpoint)
 	return &line{LockServiceClient: pb.NewLockServiceClient(conn), conn: conn}
 }
 
