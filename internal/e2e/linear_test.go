@@ -117,7 +117,7 @@ func TestLinearizable(t *testing.T) {
 	t.Run("all", func(t *testing.T) {
 		t.Run("one node", func(t *testing.T) {
 			t.Parallel()
-			srv := startServer(t, "--data-dir", t.TempDir(), "--run-async")
+			srv := startServer(t, "--data-dir", t.TempDir(), "--run-async", "--snapshot-mib", "1")
 			all.play(t, (*runs+1)/2, []string{srv.address}, func(l *linear) string { return l.harmOne(srv) })
 		})
 		const clusters = 2
@@ -128,7 +128,7 @@ func TestLinearizable(t *testing.T) {
 			}
 			t.Run(fmt.Sprint("three nodes/", n), func(t *testing.T) {
 				t.Parallel()
-				g := startGroup(t, 3, "--run-async")
+				g := startGroup(t, 3, "--run-async", "--snapshot-mib", "1", "--election-timeout", "300ms")
 				all.play(t, share, g.endpoints(), func(l *linear) string { return l.harmThree(g) })
 			})
 		}
@@ -179,6 +179,7 @@ type linear struct {
 	endpoints []string
 	next      atomic.Uint64 // request id
 	done      atomic.Int64
+	faults    atomic.Int64
 
 	mu      sync.Mutex
 	history []porcupine.Operation
@@ -209,8 +210,9 @@ func (l *linear) play(fault func()) []porcupine.Operation {
 			select {
 			case <-stop:
 				return
-			case <-time.After(time.Duration(100+l.rng.IntN(500)) * time.Millisecond):
+			case <-time.After(time.Duration(50+l.rng.IntN(300)) * time.Millisecond):
 				fault()
+				l.faults.Add(1)
 			}
 		}
 	}()
@@ -359,7 +361,7 @@ func (l *linear) caller(ctx context.Context, n int, key string, lines []*line, s
 		l.history = append(l.history, porcupine.Operation{ClientId: n, Call: int64(call.Sub(l.begin)), Return: int64(time.Since(l.begin)), Input: in, Output: out})
 	}
 	var token, leaseID, last uint64
-	for l.done.Load() < int64(*operations) && ctx.Err() == nil {
+	for (l.done.Load() < int64(*operations) || l.faults.Load() < 2) && ctx.Err() == nil {
 		call := time.Now()
 		switch k := rng.IntN(8); {
 		case token != 0 && k < 5:

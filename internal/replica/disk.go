@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"io"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -311,15 +310,10 @@ func (d *disk) check(dir string) error {
 // of a write that began behind the entry that follows the end proves that what
 // does not add up was once sound and synced.
 func checkTail(file string, last uint64) error {
-	f, err := os.Open(file)
+	text, err := os.ReadFile(file)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	text, err := io.ReadAll(f)
 	if err != nil {
 		return err
 	}
