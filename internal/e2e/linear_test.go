@@ -170,6 +170,10 @@ func (all *histories) play(t *testing.T, runs int, endpoints []string, harm func
 	}
 }
 
+// The faults in one history: also on a machine so fast that the operations
+// are soon done, and on one so slow that it would see little else.
+const minFaults, maxFaults = 2, 5
+
 // linear plays one history.
 type linear struct {
 	t         *testing.T
@@ -212,7 +216,9 @@ func (l *linear) play(fault func()) []porcupine.Operation {
 				return
 			case <-time.After(time.Duration(50+l.rng.IntN(300)) * time.Millisecond):
 				fault()
-				l.faults.Add(1)
+				if l.faults.Add(1) == maxFaults {
+					return
+				}
 			}
 		}
 	}()
@@ -361,7 +367,7 @@ func (l *linear) caller(ctx context.Context, n int, key string, lines []*line, s
 		l.history = append(l.history, porcupine.Operation{ClientId: n, Call: int64(call.Sub(l.begin)), Return: int64(time.Since(l.begin)), Input: in, Output: out})
 	}
 	var token, leaseID, last uint64
-	for (l.done.Load() < int64(*operations) || l.faults.Load() < 2) && ctx.Err() == nil {
+	for (l.done.Load() < int64(*operations) || l.faults.Load() < minFaults) && ctx.Err() == nil {
 		call := time.Now()
 		switch k := rng.IntN(8); {
 		case token != 0 && k < 5:
