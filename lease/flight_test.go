@@ -142,3 +142,45 @@ func TestASlowExpiryDelaysNoOther(t *testing.T) {
 		}
 	})
 }
+
+// A wait's time is up while the log has its fill, and the grant for it is in
+// the log: it is granted in time, and must not be abandoned afterwards.
+func TestAGrantInTimeStaysWhileTheLogIsFull(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, l := startScript(t)
+		defer r.stop()
+		holder, err := r.own("a", time.Hour, 0, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		waiter := background(func() (Grant, error) { return r.own("a", time.Hour, time.Second, 0) })
+		pendingNow(t, waiter, "the waiter")
+		l.holding(true, false)
+		released := background(func() (struct{}, error) {
+			return struct{}{}, r.Release(t.Context(), ReleaseRequest{Lease: holder.Lease, Token: holder.Token})
+		})
+		for n := range maxFlights - 1 {
+			background(func() (Grant, error) { return r.own(string(rune('b'+n)), time.Hour, 0, 0) })
+		}
+		time.Sleep(1100 * time.Millisecond)
+		if batches, _ := l.held(); batches != maxFlights {
+			t.Fatalf("%d batches in the log", batches)
+		}
+		pendingNow(t, waiter, "the waiter, whose time is up")
+		l.holding(false, false)
+		for range maxFlights {
+			l.commit()
+		}
+		if a := <-released; a.err != nil {
+			t.Fatal(a.err)
+		}
+		a := <-waiter
+		if a.err != nil {
+			t.Fatalf("the waiter: %v", a.err)
+		}
+		synctest.Wait()
+		if check, err := r.CheckToken(t.Context(), "a", a.value.Token); err != nil || !check.Live {
+			t.Errorf("its grant was undone: %+v %v", check, err)
+		}
+	})
+}

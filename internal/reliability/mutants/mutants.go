@@ -88,7 +88,7 @@ var mutants = []mutant{
 	{"an expiry that was not committed is forgotten", "lease/manager.go",
 		"\t\t\tm.due = append(cmd.Leases, m.due...)\n", "\t\t\t_ = cmd\n", "manager"},
 	{"a grant in time is abandoned at the end of its wait", "lease/manager.go",
-		"if c.giveUpOf.answered {", "if c.giveUpOf.answered && !c.giveUpOf.granted {", "simulation"},
+		"if c.giveUpOf.answered {", "if c.giveUpOf.answered && !c.giveUpOf.granted {", "manager"},
 	{"a cancelled waiter stays in its queue", "lease/calls.go",
 		"\tif !l.keep {\n", "\tif l.keep {\n", "simulation"},
 	{"a waiter's own lease expires while it waits", "lease/calls.go",
