@@ -17,7 +17,9 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/distlock/distlock/internal/reliability/check"
@@ -333,9 +335,22 @@ func (c *crasher) verify() {
 	locks := pb.NewLockServiceClient(conn)
 	open := c.open
 	c.open = map[uint64]*pb.AcquireRequest{}
+	// The first connection may still reach the process that was killed.
+	answered := func(call func() error) (err error) {
+		for ctx.Err() == nil {
+			if err = call(); status.Code(err) != codes.Unavailable {
+				return err
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		return err
+	}
 	for _, req := range open {
 		for range 2 {
-			if _, err := c.acquire(ctx, locks, req); err != nil {
+			if err := answered(func() error {
+				_, err := c.acquire(ctx, locks, req)
+				return err
+			}); err != nil {
 				c.t.Errorf("request %d, asked again: %v", req.RequestId, err)
 				return
 			}
@@ -344,8 +359,11 @@ func (c *crasher) verify() {
 	}
 	for _, name := range c.recent {
 		sent := c.now()
-		resp, err := locks.Get(ctx, &pb.GetRequest{Name: name})
-		if err != nil {
+		var resp *pb.GetResponse
+		if err := answered(func() (err error) {
+			resp, err = locks.Get(ctx, &pb.GetRequest{Name: name})
+			return err
+		}); err != nil {
 			c.t.Errorf("get %s: %v", name, err)
 			return
 		}
