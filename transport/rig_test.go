@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"golang.org/x/net/http2"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
@@ -95,6 +96,25 @@ func dial(t *testing.T, address string, opts ...grpc.DialOption) *grpc.ClientCon
 		t.Fatal(err)
 	}
 	return conn
+}
+
+// frames begins to speak HTTP/2 with the server, by hand.
+func (r *rig) frames(t *testing.T) *http2.Framer {
+	t.Helper()
+	conn, err := net.Dial("tcp", r.address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(20 * time.Second))
+	if _, err := conn.Write([]byte(http2.ClientPreface)); err != nil {
+		t.Fatal(err)
+	}
+	framer := http2.NewFramer(conn, conn)
+	if err := framer.WriteSettings(); err != nil {
+		t.Fatal(err)
+	}
+	return framer
 }
 
 // soon is a context for a call that is expected to be answered at once.

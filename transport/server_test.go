@@ -301,19 +301,7 @@ func TestTooManyPingsEndTheConnection(t *testing.T) {
 	r := serve(t, Config{Manager: &manager{
 		release: func(context.Context, lease.ReleaseRequest) error { return nil },
 	}})
-	conn, err := net.Dial("tcp", r.address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(20 * time.Second))
-	if _, err := conn.Write([]byte(http2.ClientPreface)); err != nil {
-		t.Fatal(err)
-	}
-	framer := http2.NewFramer(conn, conn)
-	if err := framer.WriteSettings(); err != nil {
-		t.Fatal(err)
-	}
+	framer := r.frames(t)
 	go func() {
 		for framer.WritePing(false, [8]byte{}) == nil { // until it is cut
 		}
@@ -342,16 +330,7 @@ func TestWindowsAreOfAFixedSize(t *testing.T) {
 	r := serve(t, Config{Manager: &manager{
 		release: func(context.Context, lease.ReleaseRequest) error { return nil },
 	}})
-	conn, err := net.Dial("tcp", r.address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(20 * time.Second))
-	if _, err := conn.Write([]byte(http2.ClientPreface)); err != nil {
-		t.Fatal(err)
-	}
-	framer := http2.NewFramer(conn, conn)
+	framer := r.frames(t)
 	var head bytes.Buffer
 	enc := hpack.NewEncoder(&head)
 	for _, h := range [][2]string{
@@ -361,7 +340,6 @@ func TestWindowsAreOfAFixedSize(t *testing.T) {
 		enc.WriteField(hpack.HeaderField{Name: h[0], Value: h[1]})
 	}
 	if err := errors.Join(
-		framer.WriteSettings(),
 		framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: head.Bytes(), EndHeaders: true}),
 		framer.WriteData(1, true, make([]byte, 5)), // an empty message
 	); err != nil {

@@ -33,7 +33,7 @@ var (
 
 // TestCrashes kills the server under load: at random, and at the entry to its
 // nth write or sync, wherever that is, and to the calls by which a snapshot
-// takes its place and the log before it goes. Every restart is held against
+// takes its place and the one before it goes. Every restart is held against
 // all that was acknowledged, and what was not is asked for again by its
 // request id. Writes and syncs that fail (EIO, ENOSPC) must end the server
 // before it acknowledges anything more.
