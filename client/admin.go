@@ -256,7 +256,7 @@ func (c *Client) Watch(ctx context.Context, prefix string, from uint64) iter.Seq
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		stopped := false
-		err := c.retry(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
+		err := c.retry(ctx, 0, func(ctx context.Context, conn *grpc.ClientConn) error {
 			if from == 0 {
 				// A position to resume from, should the stream break before
 				// its first event.
@@ -440,7 +440,7 @@ func (c *Client) TransferLeadership(ctx context.Context, id string) (leader stri
 // began. When it fails, w has a part of one that does not restore.
 func (c *Client) Backup(ctx context.Context, w io.Writer) error {
 	begun := false
-	return c.retry(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
+	return c.retry(ctx, 0, func(ctx context.Context, conn *grpc.ClientConn) error {
 		stream, err := clusterOf(conn).Backup(ctx, &pb.BackupRequest{})
 		if err != nil {
 			return err

@@ -255,25 +255,31 @@ const attemptFor = 5 * time.Second
 // call makes a call that should be answered at once, at whichever endpoint
 // answers, until it succeeds, fails for good or its time is up.
 func (c *Client) call(ctx context.Context, fn func(context.Context, *grpc.ClientConn) error) error {
-	if _, bounded := ctx.Deadline(); !bounded {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, c.callFor)
-		defer cancel()
-	}
-	return c.retry(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
-		ctx, cancel := context.WithTimeout(ctx, attemptFor)
+	return c.retry(ctx, c.callFor, func(ctx context.Context, conn *grpc.ClientConn) error {
+		ctx, cancel := context.WithTimeout(ctx, c.attemptFor())
 		defer cancel()
 		return fn(ctx, conn)
 	})
 }
 
-// retry makes attempts until one succeeds, fails for good, or ctx ends.
-func (c *Client) retry(ctx context.Context, attempt func(context.Context, *grpc.ClientConn) error) error {
+// attemptFor is that, within what a call may take at all.
+func (c *Client) attemptFor() time.Duration { return min(attemptFor, c.callFor) }
+
+// retry makes attempts until one succeeds, fails for good, or ctx ends; a ctx
+// without a deadline ends after within as well, unless that is 0. The first
+// attempt must bound itself by that: few need a second, and a timer for them.
+func (c *Client) retry(ctx context.Context, within time.Duration, attempt func(context.Context, *grpc.ClientConn) error) error {
 	c.waiting.Add(1)
 	defer c.waiting.Add(-1)
 	pause := 10 * time.Millisecond
 	var last error
+	began := time.Now() // pace of the network, not of a lease
 	for tries := 1; ; tries++ {
+		if tries == 2 && within > 0 {
+			var cancel context.CancelFunc
+			ctx, cancel = boundedUntil(ctx, began.Add(within))
+			defer cancel()
+		}
 		c.mu.Lock()
 		at := c.current
 		endpoint, endpoints := c.endpoints[at], len(c.endpoints)
@@ -317,6 +323,14 @@ func (c *Client) retry(ctx context.Context, attempt func(context.Context, *grpc.
 		case <-time.After(wait): // pace of the network, not of a lease
 		}
 	}
+}
+
+// boundedUntil gives a context a deadline if it has none.
+func boundedUntil(ctx context.Context, deadline time.Time) (context.Context, context.CancelFunc) {
+	if _, bounded := ctx.Deadline(); bounded {
+		return ctx, func() {}
+	}
+	return context.WithDeadline(ctx, deadline)
 }
 
 // ended is the error of a call whose time was up: what stood in its way, if

@@ -158,6 +158,11 @@ func (c *Client) acquire(ctx context.Context, names []string, o *acquireOptions,
 	var sent time.Duration
 	var resp *pb.AcquireResponse
 	tried := false
+	// What does not wait in a queue is answered at once, or lost.
+	var total, within time.Duration
+	if o.wait != nil && *o.wait == 0 {
+		total, within = c.callFor, c.attemptFor()
+	}
 	attempt := func(ctx context.Context, conn *grpc.ClientConn) error {
 		if tried {
 			req = proto.CloneOf(req)
@@ -168,17 +173,12 @@ func (c *Client) acquire(ctx context.Context, names []string, o *acquireOptions,
 				left = max(left, time.Millisecond) // a repeat joins its place again
 			}
 			req.Wait = durationpb.New(left)
-			if left == 0 {
-				var cancel context.CancelFunc
-				ctx, cancel = context.WithTimeout(ctx, attemptFor)
-				defer cancel()
-			}
 		}
 		if sent = began; tried {
 			sent = c.now()
 		}
 		var err error
-		resp, err = c.acquireOn(ctx, conn, req)
+		resp, err = c.acquireOn(ctx, within, conn, req)
 		if err != nil && tried && toError(err).Reason == "REQUEST_ENDED" && o.leaseID == 0 {
 			// An attempt whose answer was lost had been refused, and so had
 			// ended. It was not granted, nor ever will be: ask anew.
@@ -189,22 +189,12 @@ func (c *Client) acquire(ctx context.Context, names []string, o *acquireOptions,
 				done()
 				req.RequestId, req.LowestOpenRequestId, done = lease.begin()
 			}
-			resp, err = c.acquireOn(ctx, conn, req)
+			resp, err = c.acquireOn(ctx, within, conn, req)
 		}
 		tried = true
 		return err
 	}
-	var err error
-	if o.wait != nil && *o.wait == 0 {
-		bounded, cancel := ctx, context.CancelFunc(func() {})
-		if _, ok := ctx.Deadline(); !ok {
-			bounded, cancel = context.WithTimeout(ctx, c.callFor)
-		}
-		err = c.retry(bounded, attempt)
-		cancel()
-	} else {
-		err = c.retry(ctx, attempt)
-	}
+	err := c.retry(ctx, total, attempt)
 	if err != nil {
 		c.abandonUnlessAnswered(req, err)
 		return nil, err
@@ -418,7 +408,7 @@ func (l *Lock) Release(ctx context.Context) error {
 }
 
 func (c *Client) releaseCall(ctx context.Context, leaseID uint64, name string, token fence.Token) error {
-	return c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
-		return c.releaseOn(ctx, conn, &pb.ReleaseRequest{LeaseId: leaseID, Name: name, Token: uint64(token)})
+	return c.retry(ctx, c.callFor, func(ctx context.Context, conn *grpc.ClientConn) error {
+		return c.releaseOn(ctx, c.attemptFor(), conn, &pb.ReleaseRequest{LeaseId: leaseID, Name: name, Token: uint64(token)})
 	})
 }

@@ -6,6 +6,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"time"
 	"unicode/utf8"
 
 	"google.golang.org/grpc"
@@ -216,8 +217,13 @@ func (s *stream) forget(id uint64, acquire bool) {
 // answers are channels to wait on, used again once they have been answered.
 var answers = sync.Pool{New: func() any { return make(chan *pb.Answer, 1) }}
 
-// do makes one attempt of an operation. An error is a status, as that of a call.
-func (c *Client) do(ctx context.Context, conn *grpc.ClientConn, op *pb.Operation) (*pb.Answer, error) {
+// bounds are timers of attempts, used again; a context with a deadline costs
+// five times as much.
+var bounds = sync.Pool{New: func() any { return time.NewTimer(time.Hour) }}
+
+// do makes one attempt of an operation, for as long as ctx allows and within,
+// unless that is 0. An error is a status, as that of a call.
+func (c *Client) do(ctx context.Context, within time.Duration, conn *grpc.ClientConn, op *pb.Operation) (*pb.Answer, error) {
 	s, err := c.streamOn(conn)
 	if err != nil {
 		return nil, err
@@ -228,6 +234,17 @@ func (c *Client) do(ctx context.Context, conn *grpc.ClientConn, op *pb.Operation
 		answers.Put(waits)
 		return nil, err
 	}
+	var bound <-chan time.Time
+	if within > 0 {
+		timer := bounds.Get().(*time.Timer) // pace of the network, not of a lease
+		timer.Reset(within)
+		bound = timer.C
+		defer func() {
+			timer.Stop()
+			bounds.Put(timer)
+		}()
+	}
+	err = context.DeadlineExceeded
 	select {
 	case a, ok := <-waits:
 		if !ok {
@@ -241,10 +258,20 @@ func (c *Client) do(ctx context.Context, conn *grpc.ClientConn, op *pb.Operation
 		}
 		return a, nil
 	case <-ctx.Done():
-		_, acquire := op.Call.(*pb.Operation_Acquire)
-		s.forget(id, acquire)
-		return nil, status.FromContextError(ctx.Err()).Err()
+		err = ctx.Err()
+	case <-bound:
 	}
+	_, acquire := op.Call.(*pb.Operation_Acquire)
+	s.forget(id, acquire)
+	return nil, status.FromContextError(err).Err()
+}
+
+// withinFor bounds a call of its own like an operation on the stream.
+func withinFor(ctx context.Context, within time.Duration) (context.Context, context.CancelFunc) {
+	if within == 0 {
+		return ctx, func() {}
+	}
+	return context.WithTimeout(ctx, within)
 }
 
 // failed is the error that a call on its own would have had.
@@ -280,26 +307,30 @@ func (c *Client) toldLoss(l *pb.Loss) {
 	})
 }
 
-func (c *Client) acquireOn(ctx context.Context, conn *grpc.ClientConn, req *pb.AcquireRequest) (*pb.AcquireResponse, error) {
+func (c *Client) acquireOn(ctx context.Context, within time.Duration, conn *grpc.ClientConn, req *pb.AcquireRequest) (*pb.AcquireResponse, error) {
 	if !validText(req) {
 		return nil, errNotText
 	}
 	if c.unary || sizeOfAcquire(req) > maxOnStream {
+		ctx, cancel := withinFor(ctx, within)
+		defer cancel()
 		return locksOf(conn).Acquire(ctx, req)
 	}
-	a, err := c.do(ctx, conn, &pb.Operation{Call: &pb.Operation_Acquire{Acquire: req}})
+	a, err := c.do(ctx, within, conn, &pb.Operation{Call: &pb.Operation_Acquire{Acquire: req}})
 	return a.GetAcquire(), err
 }
 
-func (c *Client) releaseOn(ctx context.Context, conn *grpc.ClientConn, req *pb.ReleaseRequest) error {
+func (c *Client) releaseOn(ctx context.Context, within time.Duration, conn *grpc.ClientConn, req *pb.ReleaseRequest) error {
 	if !utf8.ValidString(req.GetName()) {
 		return errNotText
 	}
 	if c.unary {
+		ctx, cancel := withinFor(ctx, within)
+		defer cancel()
 		_, err := locksOf(conn).Release(ctx, req)
 		return err
 	}
-	_, err := c.do(ctx, conn, &pb.Operation{Call: &pb.Operation_Release{Release: req}})
+	_, err := c.do(ctx, within, conn, &pb.Operation{Call: &pb.Operation_Release{Release: req}})
 	return err
 }
 
@@ -308,7 +339,7 @@ func (c *Client) abandonOn(ctx context.Context, conn *grpc.ClientConn, req *pb.A
 		_, err := locksOf(conn).Abandon(ctx, req)
 		return err
 	}
-	_, err := c.do(ctx, conn, &pb.Operation{Call: &pb.Operation_Abandon{Abandon: req}})
+	_, err := c.do(ctx, 0, conn, &pb.Operation{Call: &pb.Operation_Abandon{Abandon: req}})
 	return err
 }
 
@@ -316,7 +347,7 @@ func (c *Client) keepAliveOn(ctx context.Context, conn *grpc.ClientConn, req *pb
 	if c.unary {
 		return leasesOf(conn).KeepAlive(ctx, req)
 	}
-	a, err := c.do(ctx, conn, &pb.Operation{Call: &pb.Operation_KeepAlive{KeepAlive: req}})
+	a, err := c.do(ctx, 0, conn, &pb.Operation{Call: &pb.Operation_KeepAlive{KeepAlive: req}})
 	return a.GetKeepAlive(), err
 }
 
