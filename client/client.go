@@ -47,6 +47,7 @@ const DefaultEndpoint = "localhost:50051"
 type Client struct {
 	clock   clockwork.Clock
 	now     func() time.Duration // a timeline that no wall clock jump changes
+	lately  func() time.Duration // now, or earlier: for what may only err to that side
 	owner   string
 	logger  *zap.Logger
 	warn    func(Warning)
@@ -81,6 +82,7 @@ func WithClock(clock clockwork.Clock) Option {
 		c.clock = clock
 		start := clock.Now()
 		c.now = func() time.Duration { return clock.Since(start) }
+		c.lately = c.now
 	}
 }
 
@@ -132,8 +134,9 @@ func New(endpoints []string, opts ...Option) (*Client, error) {
 		ctx: ctx, cancel: cancel, wake: make(chan struct{}, 1),
 		streams: make(map[*grpc.ClientConn]*stream), sessions: make(map[uint64]*session),
 		logger: zap.NewNop(), callFor: 10 * time.Second,
-		clock: clockwork.NewRealClock(), now: boottime(),
+		clock: clockwork.NewRealClock(),
 	}
+	c.now, c.lately = boottime()
 	if host, err := os.Hostname(); err == nil {
 		c.owner = fmt.Sprintf("%s:%d", host, os.Getpid())
 	}
@@ -160,6 +163,11 @@ func New(endpoints []string, opts ...Option) (*Client, error) {
 func (c *Client) conn(i int) (*grpc.ClientConn, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	return c.connLocked(i)
+}
+
+// connLocked is conn for who holds c.mu.
+func (c *Client) connLocked(i int) (*grpc.ClientConn, error) {
 	if c.ctx.Err() != nil {
 		return nil, ErrClosed
 	}
@@ -283,8 +291,8 @@ func (c *Client) retry(ctx context.Context, within time.Duration, attempt func(c
 		c.mu.Lock()
 		at := c.current
 		endpoint, endpoints := c.endpoints[at], len(c.endpoints)
+		conn, err := c.connLocked(at)
 		c.mu.Unlock()
-		conn, err := c.conn(at)
 		if err != nil {
 			return err
 		}

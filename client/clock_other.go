@@ -9,8 +9,9 @@ import (
 )
 
 // boottime is the monotonic clock where there is no CLOCK_BOOTTIME.
-func boottime() func() time.Duration {
+func boottime() (now, lately func() time.Duration) {
 	clock := clockwork.NewRealClock()
 	start := clock.Now()
-	return func() time.Duration { return clock.Since(start) }
+	now = func() time.Duration { return clock.Since(start) }
+	return now, now
 }

@@ -154,7 +154,11 @@ func (c *Client) acquire(ctx context.Context, names []string, o *acquireOptions,
 	case o.leaseID == 0:
 		req.Ttl, req.Owner, req.RequestId = durationpb.New(o.ttl), o.owner, requestID()
 	}
-	began := c.now()
+	// The TTL counts from when the grant was asked for, or from earlier.
+	began := c.lately()
+	if o.wait != nil && *o.wait > 0 { // what is left of it must be right
+		began = c.now()
+	}
 	var sent time.Duration
 	var resp *pb.AcquireResponse
 	tried := false
@@ -168,9 +172,9 @@ func (c *Client) acquire(ctx context.Context, names []string, o *acquireOptions,
 			req = proto.CloneOf(req)
 		}
 		if o.wait != nil {
-			left := max(*o.wait-(c.now()-began), 0)
-			if tried && *o.wait > 0 {
-				left = max(left, time.Millisecond) // a repeat joins its place again
+			left := *o.wait
+			if tried && left > 0 {
+				left = max(left-(c.now()-began), time.Millisecond) // a repeat joins its place again
 			}
 			req.Wait = durationpb.New(left)
 		}
@@ -235,9 +239,9 @@ func (c *Client) granted(ctx context.Context, g *pb.Grant, o *acquireOptions, le
 	l := &Lock{
 		client: c, token: fence.Token(g.GetToken()), leaseID: g.GetLeaseId(), ttl: g.GetTtl().AsDuration(), since: sent,
 	}
-	for _, k := range g.GetLocks() {
-		l.names = append(l.names, k.GetName())
-		l.floors = append(l.floors, fence.Token(k.GetFloor()))
+	l.names, l.floors = make([]string, len(g.GetLocks())), make([]fence.Token, len(g.GetLocks()))
+	for i, k := range g.GetLocks() {
+		l.names[i], l.floors[i] = k.GetName(), fence.Token(k.GetFloor())
 	}
 	if lease != nil {
 		return l, c.join(l, lease.session)
@@ -348,13 +352,15 @@ func (l *Lock) TTL() time.Duration { return l.ttl }
 
 // Remaining is how long the lock may still be believed held, if no renewal
 // succeeds: 0 once it may not.
-func (l *Lock) Remaining() time.Duration {
+func (l *Lock) Remaining() time.Duration { return l.remaining(l.client.now) }
+
+func (l *Lock) remaining(now func() time.Duration) time.Duration {
 	if l.ctx.Err() != nil {
 		return 0
 	}
 	l.client.mu.Lock()
 	defer l.client.mu.Unlock()
-	return max(l.session.deadline()-l.client.now(), 0)
+	return max(l.session.deadline()-now(), 0)
 }
 
 // Deadline is when the lock may no longer be believed held, if no renewal
@@ -370,11 +376,13 @@ func (l *Lock) Done() <-chan struct{} { return l.ctx.Done() }
 // Err is nil while the lock is held. Then it is a *LostError, or ErrReleased.
 // It looks at the clock itself, so that it is right even before the client has
 // noticed that the deadline has passed.
-func (l *Lock) Err() error {
+func (l *Lock) Err() error { return l.errAt(l.client.now) }
+
+func (l *Lock) errAt(now func() time.Duration) error {
 	if l.ctx.Err() != nil {
 		return context.Cause(l.ctx)
 	}
-	if l.Remaining() == 0 && l.ctx.Err() == nil {
+	if l.remaining(now) == 0 && l.ctx.Err() == nil {
 		return &LostError{Cause: CauseUnreachable, Names: l.names, LeaseID: l.leaseID, Token: l.token}
 	}
 	if l.ctx.Err() != nil {
@@ -387,8 +395,9 @@ func (l *Lock) Err() error {
 // server answers. It may be repeated. A lock that had been lost is an error
 // that says how: *LostError, or an *Error that is ErrNotHeld.
 func (l *Lock) Release(ctx context.Context) error {
-	lost := l.Err()
-	if errors.Is(lost, ErrReleased) {
+	// A deadline that passed while the machine slept the server knows of too.
+	lost := l.errAt(l.client.lately)
+	if lost != nil && errors.Is(lost, ErrReleased) {
 		lost = nil
 	}
 	c := l.client
