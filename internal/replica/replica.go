@@ -113,8 +113,9 @@ const (
 	// some 10 ms.
 	DefaultElectionTimeout = 200 * time.Millisecond
 
-	// A lone voter need not wait for anyone before it elects itself.
-	loneElectionTimeout = 20 * time.Millisecond
+	// A lone voter waits for nobody: it is told to elect itself. The timeout is
+	// how often raft wakes to look at a lease that nobody contests.
+	loneElectionTimeout = time.Second
 )
 
 // Replica is a lease.Log in a directory.
@@ -377,7 +378,10 @@ func (r *Replica) startRaft() error {
 	var transport raft.Transport
 	address := raft.ServerAddress(cfg.PeerAddress)
 	if r.peers == nil {
-		address, transport = raft.NewInmemTransport(raft.ServerAddress(r.nodeID))
+		var itself *raft.InmemTransport
+		address, itself = raft.NewInmemTransport(raft.ServerAddress(r.nodeID))
+		itself.Connect(address, itself)
+		transport = itself
 	} else {
 		transport = r.peers.raftTransport()
 	}
@@ -412,6 +416,11 @@ func (r *Replica) startRaft() error {
 	}
 	if r.peers != nil {
 		r.peers.serve()
+		return nil
+	}
+	// Should it not be heard, the timeout comes to the same.
+	if err := transport.TimeoutNow(config.LocalID, address, &raft.TimeoutNowRequest{RPCHeader: raft.RPCHeader{ProtocolVersion: config.ProtocolVersion}}, &raft.TimeoutNowResponse{}); err != nil {
+		r.logger.Warn("raft was not told to elect this node", zap.Error(err))
 	}
 	return nil
 }

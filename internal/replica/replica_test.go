@@ -21,6 +21,7 @@ import (
 	"github.com/hashicorp/raft-wal/types"
 	"go.uber.org/goleak"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/distlock/distlock/lease"
 	"github.com/distlock/distlock/lease/machine"
@@ -100,6 +101,23 @@ func locks(t testing.TB, s *lease.Store) int {
 		t.Fatalf("%d locks, of which %d are a prefix of the history", have, prefix)
 	}
 	return prefix
+}
+
+// TestALoneVoterWaitsForNoTimeout: a start must not take a timeout that is long
+// so that raft need not wake for it fifty times a second ever after.
+func TestALoneVoterWaitsForNoTimeout(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "data")
+	for range 2 { // the first start, and another
+		core, logs := observer.New(zap.DebugLevel)
+		r := open(t, Config{Dir: dir, Logger: zap.New(core)})
+		if logs.FilterMessageSnippet("election won").Len() != 1 {
+			t.Fatal("raft does not say that it won an election: has its wording changed?")
+		}
+		if said := logs.FilterMessageSnippet("timeout reached").All(); len(said) > 0 {
+			t.Error(said[0].Message)
+		}
+		r.Close()
+	}
 }
 
 func TestReopenHasEverything(t *testing.T) {
