@@ -2,6 +2,7 @@ package lease
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -44,6 +45,40 @@ func TestBatchesGoOnTheirWayWhileOthersAre(t *testing.T) {
 		}
 		if !slices.Equal(l.counts, []int{2}) {
 			t.Errorf("what gathered went in batches of %d", l.counts)
+		}
+		l.holding(false, false)
+	})
+}
+
+// While a batch is in the log the next one gathers until it is worth it.
+func TestASmallBatchWaitsForTheOneInTheLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := NewStore(0)
+		l := newScript(store)
+		r := startWith(t, Config{Clock: clockwork.NewRealClock(), Store: store, Log: l, Beside: 3})
+		defer r.stop()
+		l.holding(true, false)
+		batches := func() int { n, _ := l.held(); return n }
+		var asked []<-chan answer[Grant]
+		for i, want := range []int{1, 1, 1, 2, 2} { // the fourth makes three that wait
+			asked = append(asked, background(func() (Grant, error) { return r.own(fmt.Sprint(i), time.Hour, 0, 0) }))
+			if n := batches(); n != want {
+				t.Fatalf("%d batches in the log after %d requests, not %d", n, i+1, want)
+			}
+		}
+		l.commit()
+		if n := batches(); n != 1 {
+			t.Fatalf("%d batches in the log: one request goes on waiting", n)
+		}
+		l.commit()
+		if n := batches(); n != 1 {
+			t.Fatalf("%d batches in the log: it is empty, and one request waits", n)
+		}
+		l.commit()
+		for _, one := range asked {
+			if a := <-one; a.err != nil {
+				t.Error(a.err)
+			}
 		}
 		l.holding(false, false)
 	})

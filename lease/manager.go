@@ -6,6 +6,7 @@
 package lease
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -30,6 +31,9 @@ type Config struct {
 	Logger *zap.Logger
 	// Observer is told what happens; nil for nobody.
 	Observer Observer
+	// Beside is how many commands are worth a batch of their own while another
+	// is in the log. A small one costs more than it gains; 0 means 64.
+	Beside int
 }
 
 // Manager serves leases and locks on the node that leads. All methods may be
@@ -41,6 +45,7 @@ type Manager struct {
 	bounds   Bounds
 	logger   *zap.Logger
 	observer Observer
+	aside    int          // Config.Beside
 	waiting  atomic.Int64 // len(pending), for Pending
 	start    time.Time    // times in the manager are spans since it
 	ready    chan struct{}
@@ -137,13 +142,14 @@ type mark struct {
 }
 
 const (
-	maxFlights  = 4                     // batches in the log: it writes together what comes while it syncs
-	maxBatch    = 4096                  // commands in one batch
-	maxBytes    = 4 << 20               // of one batch, about: a log refuses entries without bound
-	maxExpiries = 256                   // leases in one expiry command, about a millisecond's work: a mass expiry is smeared
-	maxPause    = 10 * time.Millisecond // between batches of a mass expiry
-	markEvery   = 30 * time.Second
-	remember    = 10 * time.Minute
+	maxFlights    = 4 // batches in the log: it writes together what comes while it syncs
+	defaultBeside = 64
+	maxBatch      = 4096                  // commands in one batch
+	maxBytes      = 4 << 20               // of one batch, about: a log refuses entries without bound
+	maxExpiries   = 256                   // leases in one expiry command, about a millisecond's work: a mass expiry is smeared
+	maxPause      = 10 * time.Millisecond // between batches of a mass expiry
+	markEvery     = 30 * time.Second
+	remember      = 10 * time.Minute
 )
 
 // New returns a manager. Run starts it.
@@ -160,6 +166,7 @@ func New(cfg Config) (*Manager, error) {
 	m := &Manager{
 		clock: cfg.Clock, log: cfg.Log, store: cfg.Store, logger: cfg.Logger, observer: cfg.Observer,
 		bounds: cfg.Bounds.withDefaults(),
+		aside:  cmp.Or(cfg.Beside, defaultBeside),
 		start:  cfg.Clock.Now(),
 		ready:  make(chan struct{}),
 		wake:   make(chan struct{}, 1),
@@ -453,12 +460,18 @@ func (m *Manager) forget() {
 // enqueue adds a command to the next batch.
 func (m *Manager) enqueue(c *call) { m.pending = append(m.pending, c) }
 
-// propose sends what is pending to the log. While maxFlights batches are in it
-// the next one gathers; also while any is, when leases have fallen due: what is
-// in the log may keep one of them, as a waiter does that has come back.
+// propose sends what is pending to the log. While a batch is in it the next one
+// gathers, until it is worth a way through the log of its own; while maxFlights
+// are, or leases have fallen due, whatever its size: what is in the log may keep
+// one of the leases, as a waiter does that has come back.
 func (m *Manager) propose() {
-	for len(m.inFlight) < maxFlights && (!m.expire() || len(m.inFlight) == 0) && m.proposeBatch() {
+	for (len(m.inFlight) == 0 || m.beside()) && m.proposeBatch() {
 	}
+}
+
+// beside reports whether another batch may join those in the log.
+func (m *Manager) beside() bool {
+	return len(m.inFlight) < maxFlights && len(m.pending) >= m.aside && !m.expire()
 }
 
 // expire reports whether leases are to be ended now.

@@ -1,6 +1,7 @@
 package lease
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"sync/atomic"
@@ -40,7 +41,10 @@ func start(t *testing.T, store *Store, log Log) *rig {
 	return startWith(t, Config{Clock: clockwork.NewRealClock(), Log: log, Store: store})
 }
 
+// startWith starts a manager that fills the log with small batches, unless cfg
+// says otherwise.
 func startWith(t *testing.T, cfg Config) *rig {
+	cfg.Beside = cmp.Or(cfg.Beside, 1)
 	m, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)

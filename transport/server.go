@@ -142,6 +142,7 @@ func NewServer(cfg Config) *Server {
 			grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto"), cfg.MaxMessageBytes}),
 			grpc.MaxRecvMsgSize(4*cfg.MaxMessageBytes),
 			grpc.WaitForHandlers(true),
+			grpc.NumStreamWorkers(64), // a call's goroutine finds its stack grown
 			grpc.MaxConcurrentStreams(cfg.MaxStreams),
 			grpc.ReadBufferSize(8<<10), // kept by idle connections too
 			// Windows of a fixed size: gRPC finds others by a ping each way with

@@ -419,5 +419,6 @@ func (s *Server) serveMetrics() (stop func()) {
 
 // Close gives up a server that was never run.
 func (s *Server) Close() error {
+	s.transport.Stop(context.Background()) // nothing is under way
 	return errors.Join(s.closeListeners(), s.log.Close())
 }
