@@ -215,20 +215,21 @@ const (
 	EventUndeclared             // Name in Locks[0]
 )
 
-// Event reports one thing that happened. Locks is shared and not changed.
+// Event reports one thing that happened. Locks is shared and not changed. There
+// are thousands in the ring for watchers, so the small fields stand together.
 type Event struct {
 	Revision uint64 // store-wide, rises by one with every event
 	Kind     EventKind
+	Mode     Mode
+	Cause    EndCause
+	Own      bool // the lease was made with an acquisition
 	Lease    LeaseID
 	Request  RequestID
 	Owner    string
 	Token    fence.Token
-	Mode     Mode
 	Locks    []GrantedLock
-	Cause    EndCause
 	By       string
 	TTL      Duration // EventLeaseGranted
-	Own      bool     // the lease was made with an acquisition
 	Delay    Delay
 	Stamp    int64
 }
