@@ -78,7 +78,7 @@ func clusterStatusCommand() *cobra.Command {
 					durability = "in memory"
 				}
 				fmt.Fprintf(w, "distlock %s, up %s, %s; term %d, last token %d\n", s.Version, ago(s.StartedAt), durability, s.Term, s.LastToken)
-				fmt.Fprintf(w, "%d leases, %d locks, %d waiting\n", s.Leases, s.Locks, s.Waiters)
+				fmt.Fprintf(w, "%s, %s, %d waiting\n", counted(int(s.Leases), "lease"), counted(int(s.Locks), "lock"), s.Waiters)
 				if s.Restored != nil {
 					fmt.Fprintf(w, "restored %s from a backup of cluster %s\n", s.Restored.At.Local().Format(time.DateTime), s.Restored.ClusterID)
 				}
@@ -188,7 +188,7 @@ func clusterBackupCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%s: cluster %s, %d leases, %d locks, last token %d\n", args[0], info.ClusterID, info.Leases, info.Locks, info.LastToken)
+			fmt.Fprintf(cmd.OutOrStdout(), "%s: cluster %s, %s, %s, last token %d\n", args[0], info.ClusterID, counted(int(info.Leases), "lease"), counted(int(info.Locks), "lock"), info.LastToken)
 			return nil
 		},
 	})
@@ -253,7 +253,7 @@ highest token that any resource has seen with --above if it could be higher.`,
 			if res.MovedTo != "" {
 				fmt.Fprintf(out, "what %s had is now in %s\n", cfg.Dir, res.MovedTo)
 			}
-			fmt.Fprintf(out, "restored %s into %s: cluster %s, tokens above %d, %d leases ended\n", args[0], cfg.Dir, res.NewClusterID, res.TokensAbove, res.Leases)
+			fmt.Fprintf(out, "restored %s into %s: cluster %s, tokens above %d, %s ended\n", args[0], cfg.Dir, res.NewClusterID, res.TokensAbove, counted(int(res.Leases), "lease"))
 			return nil
 		},
 	}

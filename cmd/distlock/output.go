@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -250,4 +251,12 @@ func viewLease(l client.LeaseInfo) leaseView {
 		v.Holds = append(v.Holds, holdView{uint64(h.Token), modeName(h.Shared), h.Since, h.Names})
 	}
 	return v
+}
+
+// counted is "1 lease", "2 leases".
+func counted(n int, what string) string {
+	if n != 1 {
+		what += "s"
+	}
+	return strconv.Itoa(n) + " " + what
 }
