@@ -37,6 +37,11 @@ type stream struct {
 	conn   *grpc.ClientConn
 	wake   chan struct{} // buffered, one: there is something to send
 
+	// What attempts wait on, used again: channels once they have been answered,
+	// and timers, for a context with a deadline costs five times as much. They
+	// are the stream's, so that a client in a test's bubble of time keeps its own.
+	answers, bounds sync.Pool
+
 	mu    sync.Mutex
 	last  uint64 // id given out
 	queue []*pb.Operation
@@ -214,13 +219,6 @@ func (s *stream) forget(id uint64, acquire bool) {
 	}
 }
 
-// answers are channels to wait on, used again once they have been answered.
-var answers = sync.Pool{New: func() any { return make(chan *pb.Answer, 1) }}
-
-// bounds are timers of attempts, used again; a context with a deadline costs
-// five times as much.
-var bounds = sync.Pool{New: func() any { return time.NewTimer(time.Hour) }}
-
 // do makes one attempt of an operation, for as long as ctx allows and within,
 // unless that is 0. An error is a status, as that of a call.
 func (c *Client) do(ctx context.Context, within time.Duration, conn *grpc.ClientConn, op *pb.Operation) (*pb.Answer, error) {
@@ -228,20 +226,27 @@ func (c *Client) do(ctx context.Context, within time.Duration, conn *grpc.Client
 	if err != nil {
 		return nil, err
 	}
-	waits := answers.Get().(chan *pb.Answer)
+	waits, ok := s.answers.Get().(chan *pb.Answer)
+	if !ok {
+		waits = make(chan *pb.Answer, 1)
+	}
 	id, err := s.post(op, waits)
 	if err != nil {
-		answers.Put(waits)
+		s.answers.Put(waits)
 		return nil, err
 	}
 	var bound <-chan time.Time
 	if within > 0 {
-		timer := bounds.Get().(*time.Timer) // pace of the network, not of a lease
-		timer.Reset(within)
+		timer, ok := s.bounds.Get().(*time.Timer) // pace of the network, not of a lease
+		if ok {
+			timer.Reset(within)
+		} else {
+			timer = time.NewTimer(within)
+		}
 		bound = timer.C
 		defer func() {
 			timer.Stop()
-			bounds.Put(timer)
+			s.bounds.Put(timer)
 		}()
 	}
 	err = context.DeadlineExceeded
@@ -252,7 +257,7 @@ func (c *Client) do(ctx context.Context, within time.Duration, conn *grpc.Client
 			defer s.mu.Unlock()
 			return nil, s.err
 		}
-		answers.Put(waits)
+		s.answers.Put(waits)
 		if f := a.GetFailure(); f != nil {
 			return nil, failed(f)
 		}

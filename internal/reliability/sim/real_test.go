@@ -28,14 +28,11 @@ func TestRealClients(t *testing.T) {
 	if testing.Short() {
 		n = 3
 	}
-	// One bubble for all: packages keep channels for the next to use.
-	synctest.Test(t, func(t *testing.T) {
-		for seed := range uint64(n) {
-			if !t.Failed() {
-				realClients(t, seed)
-			}
+	for seed := range uint64(n) { // nothing of the client is kept from one bubble to the next
+		if !t.Failed() {
+			synctest.Test(t, func(t *testing.T) { realClients(t, seed) })
 		}
-	})
+	}
 }
 
 func realClients(t *testing.T, seed uint64) {
