@@ -101,7 +101,7 @@ mutants: ## plant each known bug and see which layers catch it (MUTANTS=-gate: o
 
 # Each is package@fuzzer.
 FUZZERS := lease/machine@FuzzDecodeBatch lease/machine@FuzzRestore transport@FuzzAcquireRequest transport@FuzzRequests \
-	internal/replica@FuzzUnseal internal/replica@FuzzEntry internal/replica@FuzzSnapshot
+	internal/wire@FuzzRequest internal/wire@FuzzResponse internal/replica@FuzzUnseal internal/replica@FuzzEntry internal/replica@FuzzSnapshot
 
 .PHONY: fuzz $(FUZZERS)
 fuzz: ## fuzz every decoder and validator for FUZZTIME each, at once

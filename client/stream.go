@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/distlock/distlock/fence"
+	"github.com/distlock/distlock/internal/wire"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
 
@@ -71,7 +72,7 @@ func (s *stream) run() {
 	defer s.client.group.Done()
 	ctx, cancel := context.WithCancel(s.client.ctx)
 	defer cancel()
-	rpc, err := pb.NewStreamServiceClient(s.conn).Multiplex(ctx)
+	rpc, err := pb.NewStreamServiceClient(s.conn).Multiplex(ctx, grpc.ForceCodecV2(wire.Codec{CodecV2: wire.Proto}))
 	if err != nil {
 		s.end(err)
 		return

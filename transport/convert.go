@@ -7,6 +7,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/distlock/distlock/fence"
+	"github.com/distlock/distlock/internal/wire"
 	"github.com/distlock/distlock/lease"
 	"github.com/distlock/distlock/lease/machine"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
@@ -97,44 +98,34 @@ func tokenCheck(c lease.TokenCheck) *pb.CheckTokenResponse {
 	return &pb.CheckTokenResponse{Live: c.Live, CurrentToken: uint64(c.Current), LastToken: uint64(c.Last), Floor: uint64(c.Floor)}
 }
 
-func grant(g *machine.Grant, ttl time.Duration) *pb.Grant { return &granted(g, ttl).grant }
-
-// grantParts are the messages of a grant on one lock, made in one piece.
-type grantParts struct {
-	answer   pb.Answer
-	result   pb.Answer_Acquire
-	response pb.AcquireResponse
-	grant    pb.Grant
-	ttl      durationpb.Duration
-	at       timestamppb.Timestamp
-	lock     pb.GrantedLock
-	locks    [1]*pb.GrantedLock
+func grant(g *machine.Grant, ttl time.Duration) *pb.Grant {
+	out := wire.NewGranted()
+	fill(out, g, ttl)
+	return &out.Grant
 }
 
-func granted(g *machine.Grant, ttl time.Duration) *grantParts {
-	p := &grantParts{}
-	out := &p.grant
+// fill makes an empty answer that of a grant.
+func fill(p *wire.Granted, g *machine.Grant, ttl time.Duration) {
+	out := &p.Grant
 	out.Token, out.LeaseId, out.Mode = uint64(g.Token), uint64(g.Lease), pb.Mode(g.Mode)
 	at := time.Unix(0, g.Since)
-	p.at.Seconds, p.at.Nanos = at.Unix(), int32(at.Nanosecond())
-	out.GrantedAt = &p.at
+	p.At.Seconds, p.At.Nanos = at.Unix(), int32(at.Nanosecond())
+	out.GrantedAt = &p.At
 	if ttl > 0 {
-		p.ttl.Seconds, p.ttl.Nanos = int64(ttl/time.Second), int32(ttl%time.Second)
-		out.Ttl = &p.ttl
+		p.TTL.Seconds, p.TTL.Nanos = int64(ttl/time.Second), int32(ttl%time.Second)
+		out.Ttl = &p.TTL
 	}
 	if g.Request < machine.AnonymousRequest {
 		out.RequestId = uint64(g.Request)
 	}
-	out.Locks = p.locks[:0]
 	for i, k := range g.Locks {
-		lock := &p.lock
+		lock := &p.Lock
 		if i > 0 {
 			lock = &pb.GrantedLock{}
 		}
 		lock.Name, lock.Floor = k.Name, uint64(k.Floor)
 		out.Locks = append(out.Locks, lock)
 	}
-	return p
 }
 
 func holders(list []machine.Holder) []*pb.Holder {

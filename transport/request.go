@@ -3,6 +3,7 @@ package transport
 import (
 	"context"
 	"fmt"
+	"slices"
 	"unicode/utf8"
 
 	"google.golang.org/grpc"
@@ -12,6 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
+	"github.com/distlock/distlock/internal/wire"
 	"github.com/distlock/distlock/lease"
 )
 
@@ -32,6 +34,18 @@ type codec struct {
 	max int
 }
 
+// encoded is a message in its bytes: one to decode by whoever receives it, who
+// uses the array again, or one that has been encoded in a wire.Buffer.
+type encoded struct{ bytes *[]byte }
+
+// Marshal implements encoding.CodecV2.
+func (c codec) Marshal(v any) (mem.BufferSlice, error) {
+	if e, ok := v.(encoded); ok {
+		return wire.Slice(e.bytes), nil
+	}
+	return c.CodecV2.Marshal(v)
+}
+
 // Unmarshal implements encoding.CodecV2.
 func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 	e, ok := v.(*envelope)
@@ -40,6 +54,9 @@ func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 	}
 	if n := data.Len(); n > c.max {
 		e.err = &lease.InvalidError{Field: "request", Msg: fmt.Sprintf("must be at most %d bytes, and is %d", c.max, n)}
+	} else if to, ok := e.msg.(encoded); ok {
+		*to.bytes = slices.Grow((*to.bytes)[:0], n)[:n]
+		data.CopyTo(*to.bytes)
 	} else if c.CodecV2.Unmarshal(data, e.msg) != nil {
 		e.err = undecodable(e.msg, data.Materialize())
 	}

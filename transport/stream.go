@@ -8,10 +8,10 @@ import (
 
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
-	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/distlock/distlock/fence"
+	"github.com/distlock/distlock/internal/wire"
 	"github.com/distlock/distlock/lease"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
@@ -87,27 +87,30 @@ func connectionOf(s multiplexStream) context.Context {
 func (s *streamService) read(stream multiplexStream, port *lease.Port) (err error) {
 	defer rescue(s.logger, pb.StreamService_Multiplex_FullMethodName, &err)
 	ctx := stream.Context()
+	var data []byte
+	var operations wire.Operations
 	for {
-		msg, err := stream.Recv()
-		if err != nil {
+		if cap(data) > keepBytes {
+			data = nil
+		}
+		if err := stream.RecvMsg(encoded{&data}); err != nil {
 			return err
 		}
-		if err := s.take(ctx, msg, port); err != nil {
+		if err := s.take(ctx, data, &operations, port); err != nil {
 			return err
 		}
 	}
 }
 
+// keepBytes bounds what a stream keeps of the memory of its last message.
+const keepBytes = 16 << 10
+
 // take submits the operations of one message.
-func (s *streamService) take(ctx context.Context, msg *pb.MultiplexRequest, port *lease.Port) error {
-	if n := len(msg.GetOperations()); n > maxOperations {
-		return &lease.InvalidError{Field: "operations", Msg: "must be at most " + strconv.Itoa(maxOperations) + ", not " + strconv.Itoa(n)}
-	}
+func (s *streamService) take(ctx context.Context, data []byte, operations *wire.Operations, port *lease.Port) error {
 	if err := s.work.enter(ctx); err != nil {
 		return err
 	}
-	batch := port.Batch(len(msg.GetOperations()))
-	err := operations(msg, batch)
+	batch, err := gather(data, operations, port)
 	s.work.leave()
 	if err != nil {
 		return err
@@ -115,49 +118,66 @@ func (s *streamService) take(ctx context.Context, msg *pb.MultiplexRequest, port
 	return port.Submit(ctx, batch)
 }
 
-func operations(msg *pb.MultiplexRequest, b *lease.Batch) error {
-	for _, op := range msg.GetOperations() {
-		id := op.GetId()
-		if id == 0 {
-			return &lease.InvalidError{Field: "id", Msg: "must be above 0"}
+// gather decodes the operations of one message.
+func gather(data []byte, operations *wire.Operations, port *lease.Port) (*lease.Batch, error) {
+	n, err := operations.Reset(data)
+	if err != nil {
+		return nil, undecodable(&pb.MultiplexRequest{}, data)
+	}
+	if n > maxOperations {
+		return nil, &lease.InvalidError{Field: "operations", Msg: "must be at most " + strconv.Itoa(maxOperations) + ", not " + strconv.Itoa(n)}
+	}
+	batch := port.Batch(n)
+	err = operations.Each(func(op *pb.Operation) error { return add(batch, op) })
+	var invalid *lease.InvalidError
+	if err != nil && !errors.As(err, &invalid) {
+		err = undecodable(&pb.MultiplexRequest{}, data)
+	}
+	return batch, err
+}
+
+// add puts an operation, which it does not keep, in a batch.
+func add(b *lease.Batch, op *pb.Operation) error {
+	id := op.GetId()
+	if id == 0 {
+		return &lease.InvalidError{Field: "id", Msg: "must be above 0"}
+	}
+	switch c := op.GetCall().(type) {
+	case *pb.Operation_Acquire:
+		r, err := acquireRequest(c.Acquire)
+		if err != nil {
+			b.Refuse(id, err)
+			return nil
 		}
-		switch c := op.GetCall().(type) {
-		case *pb.Operation_Acquire:
-			r, err := acquireRequest(c.Acquire)
-			if err != nil {
-				b.Refuse(id, err)
-				continue
-			}
-			b.Acquire(id, r)
-		case *pb.Operation_Release:
-			b.Release(id, releaseRequest(c.Release))
-		case *pb.Operation_Abandon:
-			b.Abandon(id, lease.ID(c.Abandon.GetLeaseId()), lease.RequestID(c.Abandon.GetRequestId()))
-		case *pb.Operation_CheckToken:
-			b.CheckToken(id, c.CheckToken.GetName(), fence.Token(c.CheckToken.GetToken()))
-		case *pb.Operation_ForceRelease:
-			b.ForceRelease(id, c.ForceRelease.GetName(), fence.Token(c.ForceRelease.GetToken()), c.ForceRelease.GetBy())
-		case *pb.Operation_Grant:
-			r, err := grantRequest(c.Grant)
-			if err != nil {
-				b.Refuse(id, err)
-				continue
-			}
-			b.GrantLease(id, r)
-		case *pb.Operation_KeepAlive:
-			ids, err := keepAliveIDs(c.KeepAlive)
-			if err != nil {
-				b.Refuse(id, err)
-				continue
-			}
-			b.KeepAlive(id, ids)
-		case *pb.Operation_Revoke:
-			b.RevokeLease(id, lease.ID(c.Revoke.GetLeaseId()), c.Revoke.GetBy())
-		case *pb.Operation_Cancel:
-			b.Cancel(c.Cancel.GetId())
-		default:
-			b.Refuse(id, &lease.InvalidError{Field: "call", Msg: "must be one that this server knows"})
+		b.Acquire(id, r)
+	case *pb.Operation_Release:
+		b.Release(id, releaseRequest(c.Release))
+	case *pb.Operation_Abandon:
+		b.Abandon(id, lease.ID(c.Abandon.GetLeaseId()), lease.RequestID(c.Abandon.GetRequestId()))
+	case *pb.Operation_CheckToken:
+		b.CheckToken(id, c.CheckToken.GetName(), fence.Token(c.CheckToken.GetToken()))
+	case *pb.Operation_ForceRelease:
+		b.ForceRelease(id, c.ForceRelease.GetName(), fence.Token(c.ForceRelease.GetToken()), c.ForceRelease.GetBy())
+	case *pb.Operation_Grant:
+		r, err := grantRequest(c.Grant)
+		if err != nil {
+			b.Refuse(id, err)
+			return nil
 		}
+		b.GrantLease(id, r)
+	case *pb.Operation_KeepAlive:
+		ids, err := keepAliveIDs(c.KeepAlive)
+		if err != nil {
+			b.Refuse(id, err)
+			return nil
+		}
+		b.KeepAlive(id, ids)
+	case *pb.Operation_Revoke:
+		b.RevokeLease(id, lease.ID(c.Revoke.GetLeaseId()), c.Revoke.GetBy())
+	case *pb.Operation_Cancel:
+		b.Cancel(c.Cancel.GetId())
+	default:
+		b.Refuse(id, &lease.InvalidError{Field: "call", Msg: "must be one that this server knows"})
 	}
 	return nil
 }
@@ -169,57 +189,64 @@ type writer struct {
 	refused func(reason string)
 	replies []lease.Reply
 	losses  []lease.Loss
+	grant   wire.Granted
 }
 
 // flush sends all there is, in messages that clients accept. It blocks while
 // the client does not read.
-func (w *writer) flush() error {
+func (w *writer) flush() (err error) {
 	w.replies, w.losses = w.port.Take(w.replies, w.losses)
-	out, bytes, sent := &pb.MultiplexResponse{}, 0, 0
+	if len(w.replies)+len(w.losses) == 0 {
+		return nil
+	}
+	out, sent := wire.Buffer(bytesEach*(len(w.replies)+len(w.losses))), 0
 	for i := range w.replies {
-		answer := answer(&w.replies[i])
+		answer := w.answer(&w.replies[i])
 		if f := answer.GetFailure(); f != nil {
 			w.refused(f.GetReason())
 		}
-		out.Answers = append(out.Answers, answer)
-		if bytes += weigh(answer); bytes > softLimit {
+		if *out, err = wire.AppendAnswer(*out, answer); err != nil {
+			return err
+		}
+		if len(*out) > softLimit {
 			if err := w.send(out, w.replies[sent:i+1]); err != nil {
 				return err
 			}
-			out, bytes, sent = &pb.MultiplexResponse{}, 0, i+1
+			out, sent = wire.Buffer(bytesEach*(len(w.replies)-i)), i+1
 		}
 	}
 	for _, l := range w.losses {
-		out.Losses = append(out.Losses, &pb.Loss{LeaseId: uint64(l.Lease), Token: uint64(l.Token), Cause: pb.EndCause(l.Cause), By: l.By})
+		*out, err = wire.AppendLoss(*out, &pb.Loss{LeaseId: uint64(l.Lease), Token: uint64(l.Token), Cause: pb.EndCause(l.Cause), By: l.By})
+		if err != nil {
+			return err
+		}
 	}
-	if len(out.Answers) == 0 && len(out.Losses) == 0 {
+	if len(*out) == 0 {
 		return nil
 	}
 	return w.send(out, w.replies[sent:])
 }
 
-func (w *writer) send(out *pb.MultiplexResponse, replies []lease.Reply) error {
-	if err := w.stream.Send(out); err != nil {
+// bytesEach is about what an answer takes.
+const bytesEach = 64
+
+func (w *writer) send(out *[]byte, replies []lease.Reply) error {
+	if err := w.stream.SendMsg(encoded{out}); err != nil {
 		return err
 	}
 	w.port.Sent(replies)
 	return nil
 }
 
-// weigh is about the size of an answer.
-func weigh(a *pb.Answer) int {
-	const small = 64
-	switch r := a.Result.(type) {
-	case *pb.Answer_Acquire:
-		n := small
-		for _, k := range r.Acquire.GetGrant().GetLocks() {
-			n += len(k.GetName()) + 16
-		}
-		return n
-	case *pb.Answer_KeepAlive, *pb.Answer_Failure:
-		return proto.Size(a)
+// answer is valid until the next call.
+func (w *writer) answer(r *lease.Reply) *pb.Answer {
+	if r.Grant != nil && r.Err == nil {
+		w.grant.Reset()
+		fill(&w.grant, r.Grant, r.TTL)
+		w.grant.Answer.Id = r.Tag
+		return &w.grant.Answer
 	}
-	return small
+	return answer(r)
 }
 
 // The answers that say nothing but that it is done are all the same.
@@ -231,12 +258,6 @@ var (
 )
 
 func answer(r *lease.Reply) *pb.Answer {
-	if r.Grant != nil && r.Err == nil {
-		p := granted(r.Grant, r.TTL)
-		p.answer.Id, p.answer.Result = r.Tag, &p.result
-		p.result.Acquire, p.response.Grant = &p.response, &p.grant
-		return &p.answer
-	}
 	out := &pb.Answer{Id: r.Tag}
 	if r.Err != nil {
 		out.Result = &pb.Answer_Failure{Failure: failure(r.Err)}
