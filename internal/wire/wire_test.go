@@ -196,16 +196,16 @@ func TestUnusualBytes(t *testing.T) {
 	group := append(protowire.AppendTag(nil, 98, protowire.StartGroupType), protowire.AppendTag(nil, 98, protowire.EndGroupType)...)
 	ttl := func(s uint64) []byte { return field(5, number(1, s)) }
 	for _, unusual := range [][]byte{
-		field(1, number(1, 5), number(1, 6)),                                                          // an id twice
-		field(1, number(1, 5), field(2, field(1, []byte("a"))), field(2, field(1, []byte("b")))),      // merged
-		field(1, number(1, 5), field(2, field(1, []byte("a"))), field(3, number(1, 9))),               // the last of two kinds
-		field(1, number(1, 5), field(2, ttl(1), ttl(2), field(5, number(2, 3)))),                      // merged
-		field(1, number(1, 5), field(2, field(1, []byte("a")), fixed)),                                // unknown
-		field(1, number(1, 5), field(3, number(1, 9), number(77, 1))),                                 // unknown
-		field(1, number(1, 5), field(3, field(1, []byte("x")))),                                       // of another kind
-		field(1, number(1, 5), number(2, 1)),                                                          // the same
+		field(1, number(1, 5), number(1, 6)),                                                           // an id twice
+		field(1, number(1, 5), field(2, field(1, []byte("a"))), field(2, field(1, []byte("b")))),       // merged
+		field(1, number(1, 5), field(2, field(1, []byte("a"))), field(3, number(1, 9))),                // the last of two kinds
+		field(1, number(1, 5), field(2, ttl(1), ttl(2), field(5, number(2, 3)))),                       // merged
+		field(1, number(1, 5), field(2, field(1, []byte("a")), fixed)),                                 // unknown
+		field(1, number(1, 5), field(3, number(1, 9), number(77, 1))),                                  // unknown
+		field(1, number(1, 5), field(3, field(1, []byte("x")))),                                        // of another kind
+		field(1, number(1, 5), number(2, 1)),                                                           // the same
 		bytes.Join([][]byte{fixed, field(1, number(1, 5), field(3, number(1, 9))), number(1, 3)}, nil), // around
-		field(1, number(1, 5), field(2, field(1, []byte("\xff")))),                                    // no text
+		field(1, number(1, 5), field(2, field(1, []byte("\xff")))),                                     // no text
 		field(1, number(1, 5), field(3, field(3, []byte("\xff")))),
 		field(1, number(1, 5), field(2, number(3, 1<<40), number(2, 1<<33+1), number(8, 7))), // out of range
 		field(1, group),
