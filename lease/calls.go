@@ -413,11 +413,11 @@ func leasesIn(view *machine.View, after ID, limit int) (list []LeaseInfo, more b
 // *WaitTimeoutError, *Refusal, *NotLeaderError, ErrStopping, ErrSuperseded,
 // ErrOutcomeUnknown, ErrLogFailed, ctx's cause.
 func (m *Manager) Acquire(ctx context.Context, r AcquireRequest) (Grant, error) {
-	cmd, err := m.acquireCommand(r)
+	c, cmd, err := m.acquireCall(r)
 	if err != nil {
 		return Grant{}, err
 	}
-	c := &call{cmd: cmd, done: make(chan outcome, 1), key: waiter{r.Lease, cmd.Request}, bound: r.Wait}
+	c.done = make(chan outcome, 1)
 	if !m.put(c) {
 		return Grant{}, m.ended()
 	}
@@ -462,15 +462,22 @@ func (m *Manager) ttl(id ID) (ttl time.Duration) {
 	return ttl
 }
 
-func (m *Manager) acquireCommand(r AcquireRequest) (*machine.Acquire, error) {
+// acquireCall checks a request, of which it keeps nothing but text, and makes
+// the call and its command in one piece of memory.
+func (m *Manager) acquireCall(r AcquireRequest) (*call, *machine.Acquire, error) {
 	if err := m.bounds.acquire(&r); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	names := slices.Clone(r.Names)
+	made := &struct {
+		call
+		cmd  machine.Acquire
+		name [1]string
+	}{}
+	names := append(made.name[:0], r.Names...)
 	slices.Sort(names)
 	for i := 1; i < len(names); i++ {
 		if names[i] == names[i-1] {
-			return nil, &InvalidError{Field: "names", Msg: "names " + quoted(names[i]) + " twice; name each lock once"}
+			return nil, nil, &InvalidError{Field: "names", Msg: "names " + quoted(names[i]) + " twice; name each lock once"}
 		}
 	}
 	if r.Request == 0 {
@@ -479,7 +486,8 @@ func (m *Manager) acquireCommand(r AcquireRequest) (*machine.Acquire, error) {
 	if r.Mode == 0 {
 		r.Mode = machine.Exclusive
 	}
-	cmd := &machine.Acquire{
+	cmd := &made.cmd
+	*cmd = machine.Acquire{
 		Lease: r.Lease, Request: r.Request, LowestOpen: r.LowestOpen, Names: names, Mode: r.Mode, Limit: r.Limit,
 		Wait: r.Wait != 0, LockDelay: machine.Duration(r.LockDelay), Actor: r.Actor,
 		Metadata: sortedMetadata(r.Metadata), Declared: r.Declared,
@@ -487,7 +495,9 @@ func (m *Manager) acquireCommand(r AcquireRequest) (*machine.Acquire, error) {
 	if r.Lease == 0 {
 		cmd.TTL, cmd.Owner = machine.Duration(r.TTL), r.Owner
 	}
-	return cmd, nil
+	c := &made.call
+	c.cmd, c.key, c.bound = cmd, waiter{r.Lease, cmd.Request}, r.Wait
+	return c, cmd, nil
 }
 
 // Release gives a hold back. Errors: *Refusal, which says why the hold is gone

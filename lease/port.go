@@ -119,25 +119,23 @@ func (b *Batch) Refuse(tag uint64, err error) {
 	b.refused = append(b.refused, Reply{Tag: tag, Err: err, weight: 1})
 }
 
-func (b *Batch) add(tag uint64, cmd machine.Command) {
+func (b *Batch) add(tag uint64, cmd machine.Command) { b.put(tag, &call{cmd: cmd}, 1) }
+
+func (b *Batch) put(tag uint64, c *call, weight int64) {
+	c.port, c.tag, c.weight = b.port, tag, weight
 	b.ops++
-	b.weight++
-	b.inputs = append(b.inputs, &call{cmd: cmd, port: b.port, tag: tag, weight: 1})
+	b.weight += weight
+	b.inputs = append(b.inputs, c)
 }
 
 // Acquire is Manager.Acquire.
 func (b *Batch) Acquire(tag uint64, r AcquireRequest) {
-	cmd, err := b.port.m.acquireCommand(r)
+	c, cmd, err := b.port.m.acquireCall(r)
 	if err != nil {
 		b.Refuse(tag, err)
 		return
 	}
-	weight := int64(len(cmd.Names) + len(cmd.Metadata))
-	b.ops++
-	b.weight += weight
-	b.inputs = append(b.inputs, &call{
-		cmd: cmd, port: b.port, tag: tag, weight: weight, key: waiter{r.Lease, cmd.Request}, bound: r.Wait,
-	})
+	b.put(tag, c, int64(len(cmd.Names)+len(cmd.Metadata)))
 }
 
 // Release is Manager.Release.
@@ -146,7 +144,12 @@ func (b *Batch) Release(tag uint64, r ReleaseRequest) {
 		b.Refuse(tag, err)
 		return
 	}
-	b.add(tag, &machine.Release{Lease: r.Lease, Name: r.Name, Token: r.Token})
+	made := &struct { // one piece of memory
+		call
+		cmd machine.Release
+	}{cmd: machine.Release{Lease: r.Lease, Name: r.Name, Token: r.Token}}
+	made.call.cmd = &made.cmd
+	b.put(tag, &made.call, 1)
 }
 
 // Abandon is Manager.Abandon.

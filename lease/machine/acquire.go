@@ -90,8 +90,7 @@ func (m *Machine) acquire(c *Acquire) Result {
 		m.enterQueues(l, a)
 		return Result{Lease: l.id, Waiting: true}
 	}
-	m.grant(l, a)
-	return Result{Lease: l.id, Grant: a.granted()}
+	return Result{Lease: l.id, Grant: a.granted(m.grant(l, a))}
 }
 
 // invalid names the field that no valid request has so; requests are
@@ -139,12 +138,12 @@ func (m *Machine) again(c *Acquire, id LeaseID, a *acquisition) Result {
 	if a.token == 0 {
 		return Result{Lease: id, Waiting: true}
 	}
-	return Result{Lease: id, Grant: a.granted()}
+	return Result{Lease: id, Grant: a.granted(a.locks())}
 }
 
-// granted shows a granted acquisition.
-func (a *acquisition) granted() *Grant {
-	return &Grant{Lease: a.lease, Request: a.request, Token: a.token, Mode: a.mode, Since: a.since, Locks: a.locks()}
+// granted shows a granted acquisition, whose locks() are given.
+func (a *acquisition) granted(locks []GrantedLock) *Grant {
+	return &Grant{Lease: a.lease, Request: a.request, Token: a.token, Mode: a.mode, Since: a.since, Locks: locks}
 }
 
 func (a *acquisition) locks() []GrantedLock {
@@ -183,8 +182,9 @@ func (k *lock) admits(mode Mode, limit uint32) bool {
 }
 
 // grant gives an acquisition its locks, all of which admit it, under the next
-// token. Its record is the caller's to change.
-func (m *Machine) grant(l *lease, a *acquisition) {
+// token. Its record is the caller's to change. It returns what the event has of
+// the locks, which nobody changes.
+func (m *Machine) grant(l *lease, a *acquisition) []GrantedLock {
 	m.minted++
 	a.token, a.since = fence.Token(m.minted), m.stamp
 	for i, name := range a.names() {
@@ -207,7 +207,9 @@ func (m *Machine) grant(l *lease, a *acquisition) {
 	m.enter(l, a)
 	m.tokens[a.token] = a
 	m.grants++
-	m.emit(Event{Kind: EventGranted, Lease: l.id, Request: a.request, Owner: l.owner.Value(), Token: a.token, Mode: a.mode, Locks: a.locks(), TTL: l.ttl, Own: l.own()})
+	locks := a.locks()
+	m.emit(Event{Kind: EventGranted, Lease: l.id, Request: a.request, Owner: l.owner.Value(), Token: a.token, Mode: a.mode, Locks: locks, TTL: l.ttl, Own: l.own()})
+	return locks
 }
 
 func (a *acquisition) setFloor(i int, floor fence.Token) {

@@ -50,7 +50,7 @@ func (m *state) show(l *lease) Lease {
 		if a.token == 0 {
 			out.Waits = append(out.Waits, Wait{Request: a.request, Names: a.names(), Mode: a.mode, Since: a.since})
 		} else {
-			out.Holds = append(out.Holds, *a.granted())
+			out.Holds = append(out.Holds, *a.granted(a.locks()))
 		}
 	}
 	return out
@@ -112,7 +112,7 @@ func (m *Machine) Find(id LeaseID, req RequestID) (Result, bool) {
 	if a.token == 0 {
 		return Result{Lease: id, Waiting: true}, true
 	}
-	return Result{Lease: id, Grant: a.granted()}, true
+	return Result{Lease: id, Grant: a.granted(a.locks())}, true
 }
 
 // Explain says what a waiting acquisition waits for; nil when it does not.
