@@ -147,11 +147,25 @@ func (a *acquisition) granted(locks []GrantedLock) *Grant {
 }
 
 func (a *acquisition) locks() []GrantedLock {
-	list := make([]GrantedLock, len(a.names()))
+	return a.appendLocks(make([]GrantedLock, 0, len(a.names())))
+}
+
+func (a *acquisition) appendLocks(list []GrantedLock) []GrantedLock {
 	for i, name := range a.names() {
-		list[i] = GrantedLock{Name: name, Floor: a.floor(i), Clock: a.clock(i)}
+		list = append(list, GrantedLock{Name: name, Floor: a.floor(i), Clock: a.clock(i)})
 	}
 	return list
+}
+
+// locksOf is locks, for an event: out of a piece of memory that all of a
+// batch's events share, as long as there is room.
+func (m *Machine) locksOf(a *acquisition) []GrantedLock {
+	from := len(m.listed)
+	if from+len(a.names()) > cap(m.listed) {
+		return a.locks()
+	}
+	m.listed = a.appendLocks(m.listed)
+	return m.listed[from:len(m.listed):len(m.listed)]
 }
 
 func (a *acquisition) floor(i int) fence.Token {
@@ -207,7 +221,7 @@ func (m *Machine) grant(l *lease, a *acquisition) []GrantedLock {
 	m.enter(l, a)
 	m.tokens[a.token] = a
 	m.grants++
-	locks := a.locks()
+	locks := m.locksOf(a)
 	m.emit(Event{Kind: EventGranted, Lease: l.id, Request: a.request, Owner: l.owner.Value(), Token: a.token, Mode: a.mode, Locks: locks, TTL: l.ttl, Own: l.own()})
 	return locks
 }

@@ -68,7 +68,7 @@ func (m *Machine) endHold(l *lease, a *acquisition, cause EndCause, by string) {
 	delete(m.tokens, a.token)
 	m.grants--
 	m.dirty = append(m.dirty, a.names()...)
-	rev := m.emit(Event{Kind: EventHoldEnded, Lease: l.id, Request: a.request, Owner: l.owner.Value(), Token: a.token, Mode: a.mode, Locks: a.locks(), Cause: cause, By: by, Own: l.own()})
+	rev := m.emit(Event{Kind: EventHoldEnded, Lease: l.id, Request: a.request, Owner: l.owner.Value(), Token: a.token, Mode: a.mode, Locks: m.locksOf(a), Cause: cause, By: by, Own: l.own()})
 	if delayed {
 		for _, name := range a.names() {
 			m.startDelay(name, a.delay)
