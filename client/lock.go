@@ -135,10 +135,14 @@ func (c *Client) options(opts []AcquireOption) *acquireOptions {
 func (c *Client) acquire(ctx context.Context, names []string, o *acquireOptions, lease *Lease) (*Lock, error) {
 	// What is sent may still be on its way when this call has returned, so it
 	// shares nothing with the caller.
-	req := &pb.AcquireRequest{
-		Names: slices.Clone(names), Mode: pb.Mode_MODE_EXCLUSIVE, Limit: o.limit, LeaseId: o.leaseID,
-		Actor: o.actor, Metadata: maps.Clone(o.metadata), WaitForever: o.wait == nil,
-	}
+	made := &struct { // one piece of memory
+		req  pb.AcquireRequest
+		ttl  durationpb.Duration
+		name [1]string
+	}{}
+	req := &made.req
+	req.Names, req.Mode, req.Limit, req.LeaseId = append(made.name[:0], names...), pb.Mode_MODE_EXCLUSIVE, o.limit, o.leaseID
+	req.Actor, req.Metadata, req.WaitForever = o.actor, maps.Clone(o.metadata), o.wait == nil
 	if o.shared {
 		req.Mode = pb.Mode_MODE_SHARED
 	}
@@ -152,7 +156,8 @@ func (c *Client) acquire(ctx context.Context, names []string, o *acquireOptions,
 		req.LeaseId = lease.ID()
 		req.RequestId, req.LowestOpenRequestId, done = lease.begin()
 	case o.leaseID == 0:
-		req.Ttl, req.Owner, req.RequestId = durationpb.New(o.ttl), o.owner, requestID()
+		made.ttl.Seconds, made.ttl.Nanos = int64(o.ttl/time.Second), int32(o.ttl%time.Second)
+		req.Ttl, req.Owner, req.RequestId = &made.ttl, o.owner, requestID()
 	}
 	// The TTL counts from when the grant was asked for, or from earlier.
 	began := c.lately()
@@ -236,12 +241,16 @@ func (c *Client) inBackground(fn func()) {
 }
 
 func (c *Client) granted(ctx context.Context, g *pb.Grant, o *acquireOptions, lease *Lease, sent time.Duration) (*Lock, error) {
-	l := &Lock{
-		client: c, token: fence.Token(g.GetToken()), leaseID: g.GetLeaseId(), ttl: g.GetTtl().AsDuration(), since: sent,
-	}
-	l.names, l.floors = make([]string, len(g.GetLocks())), make([]fence.Token, len(g.GetLocks()))
-	for i, k := range g.GetLocks() {
-		l.names[i], l.floors[i] = k.GetName(), fence.Token(k.GetFloor())
+	made := &struct { // one piece of memory
+		lock  Lock
+		name  [1]string
+		floor [1]fence.Token
+	}{}
+	l := &made.lock
+	l.client, l.token, l.leaseID, l.ttl, l.since = c, fence.Token(g.GetToken()), g.GetLeaseId(), g.GetTtl().AsDuration(), sent
+	l.names, l.floors = made.name[:0], made.floor[:0]
+	for _, k := range g.GetLocks() {
+		l.names, l.floors = append(l.names, k.GetName()), append(l.floors, fence.Token(k.GetFloor()))
 	}
 	if lease != nil {
 		return l, c.join(l, lease.session)

@@ -322,7 +322,12 @@ func (c *Client) acquireOn(ctx context.Context, within time.Duration, conn *grpc
 		defer cancel()
 		return locksOf(conn).Acquire(ctx, req)
 	}
-	a, err := c.do(ctx, within, conn, &pb.Operation{Call: &pb.Operation_Acquire{Acquire: req}})
+	made := &struct { // one piece of memory
+		op   pb.Operation
+		call pb.Operation_Acquire
+	}{}
+	made.call.Acquire, made.op.Call = req, &made.call
+	a, err := c.do(ctx, within, conn, &made.op)
 	return a.GetAcquire(), err
 }
 
@@ -336,7 +341,12 @@ func (c *Client) releaseOn(ctx context.Context, within time.Duration, conn *grpc
 		_, err := locksOf(conn).Release(ctx, req)
 		return err
 	}
-	_, err := c.do(ctx, within, conn, &pb.Operation{Call: &pb.Operation_Release{Release: req}})
+	made := &struct {
+		op   pb.Operation
+		call pb.Operation_Release
+	}{}
+	made.call.Release, made.op.Call = req, &made.call
+	_, err := c.do(ctx, within, conn, &made.op)
 	return err
 }
 

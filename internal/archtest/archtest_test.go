@@ -46,7 +46,7 @@ var arrows = map[string][]string{
 	"client":                 {"internal/wire", "fence", "proto/distlock/v1"},
 	"client/clienttest":      {"client", "internal/server", "fence", "proto/distlock/v1"},
 	"internal/metrics":       {},
-	"internal/bench":         {"client", "proto/distlock/v1"},
+	"internal/bench":         {"client", "internal/wire", "proto/distlock/v1"},
 	"cmd/distlock":           {"internal/bench", "internal/server", "client", "fence"},
 	"internal/archtest":      {},
 	"internal/doctest":       {},

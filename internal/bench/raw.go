@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/distlock/distlock/internal/wire"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
 
@@ -38,7 +39,7 @@ func (b *bench) streams(ctx context.Context) ([]multiplexClient, func(), error) 
 			return nil, nil, err
 		}
 		conns = append(conns, conn)
-		rpc, err := pb.NewStreamServiceClient(conn).Multiplex(ctx)
+		rpc, err := pb.NewStreamServiceClient(conn).Multiplex(ctx, grpc.ForceCodecV2(wire.Codec{CodecV2: wire.Proto})) // as the client's
 		if err != nil {
 			done()
 			return nil, nil, err
