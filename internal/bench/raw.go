@@ -258,6 +258,7 @@ func (b *bench) keepAlive(ctx context.Context) ([]Result, error) {
 		return nil, err
 	}
 	defer done()
+	b.collect(ctx)
 	empty := b.server(ctx)
 	leases, err := b.make(ctx, streams, func(int) time.Duration { return b.TTL })
 	if err != nil {
@@ -299,13 +300,12 @@ func (b *bench) keepAlive(ctx context.Context) ([]Result, error) {
 	r.rate(n, took)
 	r.latencies(all)
 	r.used(full, after)
-	if empty.known && b.Leases > 0 {
-		r.ServerHeapBytesPerLease = (after.live - empty.live) / float64(b.Leases)
-	}
 	p := <-probes
 	if p.err != nil {
 		return nil, p.err
 	}
+	b.collect(ctx)
+	r.ServerHeapBytesPerLease = heapOf(b.Leases, empty, after, b.server(ctx))
 	beside := Result{What: "acquire+release beside it", Workers: 1, Connections: 1}
 	beside.rate(p.h.TotalCount(), took)
 	beside.latencies(p.h)

@@ -3,7 +3,9 @@ package bench
 import (
 	"bufio"
 	"context"
+	"io"
 	"net/http"
+	"net/url"
 	"strconv"
 	"strings"
 	"time"
@@ -14,7 +16,37 @@ type usage struct {
 	cpu            float64 // seconds
 	resident, heap float64 // bytes
 	live           float64 // of the heap, at the last collection
+	collections    float64 // of garbage
 	known          bool
+}
+
+// collect has the server collect its garbage, if it serves its profiles.
+func (b *bench) collect(ctx context.Context) {
+	at, err := url.Parse(b.Metrics)
+	if b.Metrics == "" || err != nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	at.Path, at.RawQuery = "/debug/pprof/heap", "gc=1"
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, at.String(), nil)
+	if err != nil {
+		return
+	}
+	if resp, err := http.DefaultClient.Do(req); err == nil {
+		io.Copy(io.Discard, resp.Body)
+		resp.Body.Close()
+	}
+}
+
+// heapOf is how much of the heap each of n things takes that were made between
+// empty and full; 0 when garbage has not been collected since full, and before
+// empty: what was live then says nothing.
+func heapOf(n int, empty, full, settled usage) float64 {
+	if n == 0 || empty.collections == 0 || settled.collections <= full.collections {
+		return 0
+	}
+	return (settled.live - empty.live) / float64(n)
 }
 
 // server asks the server; what it does not tell stays unknown.
@@ -47,6 +79,8 @@ func (b *bench) server(ctx context.Context) (u usage) {
 			u.resident = value
 		case "go_memstats_heap_alloc_bytes":
 			u.heap = value
+		case "go_gc_duration_seconds_count":
+			u.collections = value
 		case "go_gc_heap_live_bytes":
 			u.live = value
 		}
