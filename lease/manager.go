@@ -146,7 +146,7 @@ const (
 	defaultBeside = 64
 	maxBatch      = 4096                  // commands in one batch
 	maxBytes      = 4 << 20               // of one batch, about: a log refuses entries without bound
-	maxExpiries   = 256                   // leases in one expiry command, about a millisecond's work: a mass expiry is smeared
+	maxExpiries   = 96                    // leases in one expiry command, under a millisecond with the disk: a mass expiry is smeared
 	maxPause      = 10 * time.Millisecond // between batches of a mass expiry
 	markEvery     = 30 * time.Second
 	remember      = 10 * time.Minute
