@@ -470,7 +470,7 @@ func (r *Replica) AppliedIndex() uint64 { return r.raft.AppliedIndex() }
 
 // Propose implements lease.Log.
 func (r *Replica) Propose(batch machine.Batch, done func(machine.Outcome, error)) {
-	entry := machine.AppendBatch(nil, &batch)
+	entry := machine.AppendBatch(make([]byte, 0, 64*len(batch.Commands)), &batch)
 	r.proposing.RLock()
 	defer r.proposing.RUnlock()
 	select {

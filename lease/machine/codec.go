@@ -57,7 +57,8 @@ func DecodeBatch(src []byte) (Batch, error) {
 	b := Batch{Stamp: d.int()}
 	n := d.count(1)
 	b.Commands = make([]Command, 0, n)
-	for range n {
+	for i := range n {
+		d.left = n - i
 		c := d.command()
 		if d.err != nil {
 			return Batch{}, d.err
@@ -157,7 +158,8 @@ func (d *decoder) command() Command {
 		}
 		return c
 	case kindAcquire:
-		c := &Acquire{Lease: LeaseID(d.uint()), Request: RequestID(d.uint()), LowestOpen: RequestID(d.uint())}
+		c := one(&d.acquires, d.left)
+		c.Lease, c.Request, c.LowestOpen = LeaseID(d.uint()), RequestID(d.uint()), RequestID(d.uint())
 		c.Names = d.strings()
 		c.Mode = Mode(d.byte())
 		c.Limit = uint32(d.below(1 << 32))
@@ -166,12 +168,14 @@ func (d *decoder) command() Command {
 		c.Actor = d.string()
 		c.Metadata = d.metadata()
 		c.TTL = Duration(d.int())
-		c.Owner = d.string()
+		c.Owner = d.sameString(&d.owner)
 		return c
 	case kindAbandon:
 		return &Abandon{Lease: LeaseID(d.uint()), Request: RequestID(d.uint())}
 	case kindRelease:
-		return &Release{Lease: LeaseID(d.uint()), Name: d.string(), Token: fence.Token(d.uint())}
+		c := one(&d.releases, d.left)
+		c.Lease, c.Name, c.Token = LeaseID(d.uint()), d.string(), fence.Token(d.uint())
+		return c
 	case kindForceRelease:
 		return &ForceRelease{Name: d.string(), Token: fence.Token(d.uint()), By: d.string()}
 	case kindEndDelay:
@@ -232,6 +236,25 @@ func (e *encoder) bools(list ...bool) {
 type decoder struct {
 	b   []byte
 	err error
+
+	// Of a batch, whose most frequent commands are made together.
+	left     int // commands, with the one being decoded
+	acquires []Acquire
+	releases []Release
+	names    []string // of acquisitions of one lock
+	owner    string   // of the last acquisition: most of a batch have one
+}
+
+// together is how many commands of a batch are made in one piece of memory.
+const together = 16
+
+// one returns a new element of a list, which is replaced when it is full.
+func one[T any](list *[]T, left int) *T {
+	if len(*list) == cap(*list) {
+		*list = make([]T, 0, max(1, min(left, together)))
+	}
+	*list = (*list)[:len(*list)+1]
+	return &(*list)[len(*list)-1]
 }
 
 func (d *decoder) fail(what string) {
@@ -303,11 +326,26 @@ func (d *decoder) strings() []string {
 	if n == 0 {
 		return nil
 	}
+	if n == 1 { // the machine keeps no list of one
+		name := one(&d.names, d.left)
+		*name = d.string()
+		return d.names[len(d.names)-1 : len(d.names) : len(d.names)]
+	}
 	list := make([]string, n)
 	for i := range list {
 		list[i] = d.string()
 	}
 	return list
+}
+
+// sameString is string for a text that is often the same as the last.
+func (d *decoder) sameString(last *string) string {
+	n := d.count(1)
+	if string(d.b[:n]) != *last {
+		*last = string(d.b[:n])
+	}
+	d.b = d.b[n:]
+	return *last
 }
 
 func (d *decoder) metadata() []Meta {
