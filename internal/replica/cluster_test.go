@@ -629,9 +629,19 @@ func TestAnotherClustersDataIsRefused(t *testing.T) {
 	la, lb := a.leader(), b.leader()
 	acquire(t, la.Replica, 0)
 	acquire(t, lb.Replica, 0)
-	eventually(t, "the ids are known", func() bool { return la.ClusterID() != "" && lb.ClusterID() != "" })
+	// A follower learns the id a heartbeat after its leader, and objects to
+	// nobody until then.
+	eventually(t, "the ids are known", func() bool {
+		for _, c := range []*cluster{a, b} {
+			for _, n := range c.nodes {
+				if n.ClusterID() == "" {
+					return false
+				}
+			}
+		}
+		return true
+	})
 	stray := b.nodes[b.others(lb)[0]]
-	eventually(t, "its id is known", func() bool { return stray.ClusterID() != "" })
 	if _, err := la.AddMember("n4", stray.cfg.PeerAddress, stray.ClusterID()); err == nil || !strings.Contains(err.Error(), lb.ClusterID()) {
 		t.Errorf("a member of another cluster was added: %v", err)
 	}
