@@ -5,6 +5,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/raft"
+	wal "github.com/hashicorp/raft-wal"
+
 	"github.com/distlock/distlock/lease"
 )
 
@@ -56,5 +59,42 @@ func TestKilledInBootstrap(t *testing.T) {
 		}
 	case <-time.After(3 * time.Second):
 		t.Fatal("it never leads")
+	}
+}
+
+// fails is a log whose store breaks when its end is asked for the nth time.
+type fails struct {
+	raft.LogStore
+	wal *wal.WAL
+	in  int
+}
+
+func (f *fails) LastIndex() (uint64, error) {
+	last, err := f.LogStore.LastIndex()
+	if f.in--; f.in == 0 {
+		f.wal.Close()
+	}
+	return last, err
+}
+
+// A first start says what it cannot write, whichever write it is.
+func TestFailedWriteInBootstrap(t *testing.T) {
+	for in := 1; in <= 3; in++ {
+		returned := make(chan error, 1)
+		go func() {
+			var err error
+			defer func() { returned <- err }() // also when the goroutine just ends
+			var r *Replica
+			r, err = Open(Config{
+				Dir: filepath.Join(t.TempDir(), "data"), NodeID: "n1", Store: lease.NewStore(0), SegmentSize: 1 << 20,
+				wrapLog: func(l raft.LogStore) raft.LogStore { return &fails{l, l.(*wal.WAL), in} },
+			})
+			if err == nil {
+				r.Close()
+			}
+		}()
+		if err := <-returned; err == nil {
+			t.Errorf("the store broke at look %d, and nobody said so", in)
+		}
 	}
 }

@@ -403,7 +403,9 @@ func (r *Replica) startRaft() error {
 				servers.Servers = append(servers.Servers, raft.Server{ID: raft.ServerID(id), Address: raft.ServerAddress(cfg.InitialCluster[id])})
 			}
 		}
-		if err := raft.BootstrapCluster(config, r.disk, r.disk, r.disk.snapshots, transport, servers); err != nil {
+		// The log itself keeps the term: it returns its errors, while disk's
+		// SetUint64 ends raft's goroutine, which is not running yet.
+		if err := raft.BootstrapCluster(config, r.disk, r.disk.wal, r.disk.snapshots, transport, servers); err != nil {
 			return fmt.Errorf("data directory %s: %w", r.dir, cause(err))
 		}
 	}
@@ -441,7 +443,7 @@ func (r *Replica) forgetHalfBegun() error {
 	if list, err := r.disk.snapshots.List(); err != nil || len(list) > 0 {
 		return err
 	}
-	return r.disk.SetUint64(key, 0)
+	return r.disk.wal.SetUint64(key, 0)
 }
 
 // configuration is the latest one, which may not be committed yet.
