@@ -2,7 +2,6 @@ package machine
 
 import (
 	"slices"
-	"unique"
 
 	"github.com/distlock/distlock/fence"
 )
@@ -77,15 +76,18 @@ func (m *Machine) acquire(c *Acquire) Result {
 		}
 	}
 	m.places++
-	a := &acquisition{
-		request: c.Request, place: m.places, since: m.stamp,
-		terms: termsOf(c.Mode, c.Limit, c.LockDelay, c.Actor, c.Metadata),
-	}
-	a.setNames(c.Names)
+	var a *acquisition
 	if l == nil {
-		l = m.makeLease(&lease{ttl: c.TTL, owner: unique.Make(c.Owner), acq: a})
+		l = &lease{terms: leaseTermsOf(c.Owner, c.TTL)}
+		l.acq.request = c.Request
+		m.makeLease(l)
+		a = &l.acq
+	} else {
+		a = &acquisition{request: c.Request}
 	}
-	a.lease = l.id
+	a.lease, a.place, a.since = l.id, m.places, m.stamp
+	a.terms = termsOf(c.Mode, c.Limit, c.LockDelay, c.Actor, c.Metadata)
+	a.setNames(c.Names)
 	if !free {
 		m.enterQueues(l, a)
 		return Result{Lease: l.id, Waiting: true}
@@ -203,17 +205,17 @@ func (m *Machine) grant(l *lease, a *acquisition) []GrantedLock {
 	a.token, a.since = fence.Token(m.minted), m.stamp
 	for i, name := range a.names() {
 		k := m.editLock(name)
-		m.eachHolder(k, func(other *acquisition) bool {
+		m.eachHolder(name, k, func(other *acquisition) bool {
 			a.setFloor(i, other.token) // shared with others: the lowest of them
 			return false
 		})
-		m.addHolder(k, a)
+		m.addHolder(name, k, a)
 		if a.mode == Shared {
 			k.share(1, a.limit)
 		}
 		k.last = a.token
 		if k.declared {
-			k.setClock(k.clock+1, m.stamp+int64(l.ttl))
+			k.setClock(k.clock+1, m.stamp+int64(l.ttl()))
 			a.setClock(i, k.clock)
 		}
 		m.memory.granted(name, a.token)
@@ -222,7 +224,7 @@ func (m *Machine) grant(l *lease, a *acquisition) []GrantedLock {
 	m.tokens[a.token] = a
 	m.grants++
 	locks := m.locksOf(a)
-	m.emit(Event{Kind: EventGranted, Lease: l.id, Request: a.request, Owner: l.owner.Value(), Token: a.token, Mode: a.mode, Locks: locks, TTL: l.ttl, Own: l.own()})
+	m.emit(Event{Kind: EventGranted, Lease: l.id, Request: a.request, Owner: l.owner(), Token: a.token, Mode: a.mode, Locks: locks, TTL: l.ttl(), Own: l.own()})
 	return locks
 }
 
@@ -252,7 +254,7 @@ func (a *acquisition) setClock(i int, clock uint64) {
 // live returns the highest and the lowest token that hold a lock now.
 func (m *state) live(name string) (highest, lowest fence.Token) {
 	k := m.lock(name)
-	m.eachHolder(k, func(a *acquisition) bool {
+	m.eachHolder(name, k, func(a *acquisition) bool {
 		lowest = a.token
 		return false
 	})

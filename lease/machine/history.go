@@ -39,9 +39,9 @@ func (m *Machine) NewHistory(above fence.Token, stamp int64) (fence.Token, error
 	}
 	m.settle()
 	var declared []string
-	m.locks.Scan(func(_ string, k *lock) bool {
+	m.locks.Scan(func(name string, k *lock) bool {
 		if k.declared {
-			declared = append(declared, k.name)
+			declared = append(declared, name)
 		}
 		return true
 	})

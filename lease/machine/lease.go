@@ -2,7 +2,6 @@ package machine
 
 import (
 	"slices"
-	"unique"
 
 	"github.com/distlock/distlock/fence"
 )
@@ -14,7 +13,7 @@ func (m *Machine) grantLease(c *GrantLease) Result {
 	if c.Request != 0 {
 		if id, ok := m.requests[c.Request]; ok {
 			l := m.lease(id)
-			if l.own() || l.ttl != c.TTL || l.owner.Value() != c.Owner {
+			if l.own() || l.terms != leaseTermsOf(c.Owner, c.TTL) {
 				return refuse(Refusal{Reason: ReasonRequestMismatch, Lease: l.id})
 			}
 			return Result{Lease: l.id}
@@ -23,22 +22,25 @@ func (m *Machine) grantLease(c *GrantLease) Result {
 			return refuse(Refusal{Reason: ReasonRequestEnded, Lease: end.lease, Ended: end.ended()})
 		}
 	}
-	l := m.makeLease(&lease{ttl: c.TTL, owner: unique.Make(c.Owner), session: &session{
+	l := m.makeLease(&lease{terms: leaseTermsOf(c.Owner, c.TTL), session: &session{
 		request: c.Request, metadata: c.Metadata, after: fence.Token(m.minted),
 	}})
 	return Result{Lease: l.id}
 }
 
-// makeLease gives a lease its id and enters it.
+// makeLease gives a lease its id. One of its own is entered with its
+// acquisition.
 func (m *Machine) makeLease(l *lease) *lease {
 	m.leaseIDs++
 	l.id, l.since = LeaseID(m.leaseIDs), m.stamp
-	m.leases.Set(l.id, l)
+	if !l.own() {
+		m.leases.Set(l.id, l)
+	}
 	request := l.request()
 	if request != 0 {
 		m.requests[request] = l.id
 	}
-	m.emit(Event{Kind: EventLeaseGranted, Lease: l.id, Request: request, Owner: l.owner.Value(), TTL: l.ttl, Own: l.own()})
+	m.emit(Event{Kind: EventLeaseGranted, Lease: l.id, Request: request, Owner: l.owner(), TTL: l.ttl(), Own: l.own()})
 	return l
 }
 
@@ -99,7 +101,7 @@ func (m *Machine) dropLease(l *lease, cause EndCause, by string) {
 	if request != 0 {
 		delete(m.requests, request)
 	}
-	rev := m.emit(Event{Kind: EventLeaseEnded, Lease: l.id, Request: request, Owner: l.owner.Value(), Cause: cause, By: by, Own: l.own()})
+	rev := m.emit(Event{Kind: EventLeaseEnded, Lease: l.id, Request: request, Owner: l.owner(), Cause: cause, By: by, Own: l.own()})
 	end := past{revision: rev, lease: l.id, leaseEnd: true, cause: cause, by: by, at: m.stamp}
 	if request&AnonymousRequest == 0 {
 		end.request = request

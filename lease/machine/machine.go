@@ -62,14 +62,25 @@ type state struct {
 // and ended with it, or of a client's session.
 type lease struct {
 	id      LeaseID
-	ttl     Duration
-	owner   unique.Handle[string] // there are few, of many leases each
+	terms   unique.Handle[leaseTerms]
 	since   int64
-	acq     *acquisition // of an own lease
-	session *session     // nil for an own lease
+	session *session    // nil for an own lease
+	acq     acquisition // of an own lease
 }
 
-func (l *lease) own() bool { return l.session == nil }
+// leaseTerms are what many leases have in common.
+type leaseTerms struct {
+	owner string
+	ttl   Duration
+}
+
+func leaseTermsOf(owner string, ttl Duration) unique.Handle[leaseTerms] {
+	return unique.Make(leaseTerms{owner, ttl})
+}
+
+func (l *lease) owner() string { return l.terms.Value().owner }
+func (l *lease) ttl() Duration { return l.terms.Value().ttl }
+func (l *lease) own() bool     { return l.session == nil }
 
 // request made the lease; 0 for none.
 func (l *lease) request() RequestID {
@@ -153,8 +164,8 @@ func termsOf(mode Mode, limit uint32, delay Duration, actor string, metadata []M
 }
 
 // lock is the record of a lock that is held, waited for, delayed or declared.
+// Its name is its key in the table.
 type lock struct {
-	name    string
 	last    fence.Token
 	sole    *acquisition // the holder, while holders is 1
 	*traits              // never nil; replaced, never changed
@@ -330,7 +341,7 @@ func (m *state) lease(id LeaseID) *lease {
 func (m *state) acquisition(id LeaseID, req RequestID) *acquisition {
 	if l := m.lease(id); l != nil && l.own() {
 		if l.acq.request == req {
-			return l.acq
+			return &l.acq
 		}
 		return nil
 	}
@@ -338,16 +349,14 @@ func (m *state) acquisition(id LeaseID, req RequestID) *acquisition {
 	return u.acq
 }
 
-// enter makes an acquisition the one that its lease has under its request.
+// enter makes an acquisition the one that its lease has under its request. An
+// own lease, whose record it is in, is entered with it.
 func (m *Machine) enter(l *lease, a *acquisition) {
-	switch {
-	case !l.own():
-		m.acqs.Set(under{a.lease, a.request, a})
-	case l.acq != a: // with which the lease was made
-		fresh := *l
-		fresh.acq = a
-		m.leases.Set(l.id, &fresh)
+	if l.own() {
+		m.leases.Set(l.id, l)
+		return
 	}
+	m.acqs.Set(under{a.lease, a.request, a})
 }
 
 // remove is the reverse of enter. An own lease must be dropped, too.
@@ -361,7 +370,7 @@ func (m *Machine) remove(l *lease, a *acquisition) {
 // returns false.
 func (m *state) eachOf(l *lease, fn func(*acquisition) bool) {
 	if l.own() {
-		fn(l.acq)
+		fn(&l.acq)
 		return
 	}
 	m.acqs.Ascend(under{lease: l.id}, func(u under) bool { return u.lease == l.id && fn(u.acq) })
@@ -378,46 +387,46 @@ func (m *state) ofLease(l *lease) (list []*acquisition) {
 
 // eachHolder calls fn for a lock's holders in order of token, until it returns
 // false.
-func (m *state) eachHolder(k *lock, fn func(*acquisition) bool) {
+func (m *state) eachHolder(name string, k *lock, fn func(*acquisition) bool) {
 	switch {
 	case k == nil || k.holders == 0:
 	case k.sole != nil:
 		fn(k.sole)
 	default:
-		m.holders.Ascend(place{key: k.name}, func(p place) bool { return p.key == k.name && fn(p.acq) })
+		m.holders.Ascend(place{key: name}, func(p place) bool { return p.key == name && fn(p.acq) })
 	}
 }
 
 // addHolder takes a lock that is the caller's to change.
-func (m *Machine) addHolder(k *lock, a *acquisition) {
+func (m *Machine) addHolder(name string, k *lock, a *acquisition) {
 	if k.sole != nil {
-		m.holders.Set(place{k.name, uint64(k.sole.token), k.sole})
+		m.holders.Set(place{name, uint64(k.sole.token), k.sole})
 		k.sole = nil
 	}
 	if k.holders == 0 {
 		k.sole = a
 	} else {
-		m.holders.Set(place{k.name, uint64(a.token), a})
+		m.holders.Set(place{name, uint64(a.token), a})
 	}
 	k.holders++
 	m.holds++
 }
 
 // removeHolder is the reverse of addHolder.
-func (m *Machine) removeHolder(k *lock, a *acquisition) {
+func (m *Machine) removeHolder(name string, k *lock, a *acquisition) {
 	k.holders--
 	m.holds--
 	if k.sole != nil {
 		k.sole = nil
 		return
 	}
-	m.holders.Delete(place{key: k.name, n: uint64(a.token)})
+	m.holders.Delete(place{key: name, n: uint64(a.token)})
 	if k.holders == 1 {
-		m.eachHolder(k, func(last *acquisition) bool {
+		m.eachHolder(name, k, func(last *acquisition) bool {
 			k.sole = last
 			return false
 		})
-		m.holders.Delete(place{key: k.name, n: uint64(k.sole.token)})
+		m.holders.Delete(place{key: name, n: uint64(k.sole.token)})
 	}
 }
 
@@ -454,7 +463,7 @@ func byToken(list []*acquisition) {
 // the table. The copy belongs to the caller until the next Copy.
 func (m *Machine) editLock(name string) *lock {
 	old, ok := m.locks.Get(name)
-	fresh := &lock{name: name, traits: noTraits}
+	fresh := &lock{traits: noTraits}
 	if ok {
 		*fresh = *old
 	} else {
@@ -476,8 +485,8 @@ func (l *lock) onlyHeldOnce() bool {
 }
 
 // dropIfIdle forgets a lock that nothing keeps in existence.
-func (m *Machine) dropIfIdle(l *lock) {
+func (m *Machine) dropIfIdle(name string, l *lock) {
 	if l.holders == 0 && l.waiters == 0 && len(l.delays) == 0 && !l.declared {
-		m.locks.Delete(l.name)
+		m.locks.Delete(name)
 	}
 }

@@ -17,7 +17,7 @@ func (m *Machine) enterQueues(l *lease, a *acquisition) {
 	}
 	m.enter(l, a)
 	m.waits++
-	m.emit(Event{Kind: EventQueued, Lease: l.id, Request: a.request, Owner: l.owner.Value(), Mode: a.mode, Locks: named(a.names()), Own: l.own()})
+	m.emit(Event{Kind: EventQueued, Lease: l.id, Request: a.request, Owner: l.owner(), Mode: a.mode, Locks: named(a.names()), Own: l.own()})
 }
 
 // dequeue takes an acquisition out of its queues.
@@ -30,7 +30,7 @@ func (m *Machine) dequeue(a *acquisition) {
 			k.share(-1, k.limit)
 		}
 		m.queues.Delete(place{key: name, n: a.place})
-		m.dropIfIdle(k)
+		m.dropIfIdle(name, k)
 	}
 	if a.actor != "" {
 		m.actors.Delete(place{key: a.actor, n: a.place})
@@ -42,7 +42,7 @@ func (m *Machine) leaveQueues(l *lease, a *acquisition, cause EndCause, by strin
 	m.dequeue(a)
 	m.remove(l, a)
 	m.dirty = append(m.dirty, a.names()...)
-	m.emit(Event{Kind: EventAbandoned, Lease: l.id, Request: a.request, Owner: l.owner.Value(), Mode: a.mode, Locks: named(a.names()), Cause: cause, By: by, Own: l.own()})
+	m.emit(Event{Kind: EventAbandoned, Lease: l.id, Request: a.request, Owner: l.owner(), Mode: a.mode, Locks: named(a.names()), Cause: cause, By: by, Own: l.own()})
 }
 
 // endHold ends a granted acquisition. Its locks are delayed if it was lost.
@@ -56,19 +56,19 @@ func (m *Machine) endHold(l *lease, a *acquisition, cause EndCause, by string) {
 			continue
 		}
 		k := m.editLock(name)
-		m.removeHolder(k, a)
+		m.removeHolder(name, k, a)
 		if a.mode == Shared {
 			k.share(-1, k.limit)
 		}
 		if !delayed {
-			m.dropIfIdle(k)
+			m.dropIfIdle(name, k)
 		}
 	}
 	m.remove(l, a)
 	delete(m.tokens, a.token)
 	m.grants--
 	m.dirty = append(m.dirty, a.names()...)
-	rev := m.emit(Event{Kind: EventHoldEnded, Lease: l.id, Request: a.request, Owner: l.owner.Value(), Token: a.token, Mode: a.mode, Locks: m.locksOf(a), Cause: cause, By: by, Own: l.own()})
+	rev := m.emit(Event{Kind: EventHoldEnded, Lease: l.id, Request: a.request, Owner: l.owner(), Token: a.token, Mode: a.mode, Locks: m.locksOf(a), Cause: cause, By: by, Own: l.own()})
 	if delayed {
 		for _, name := range a.names() {
 			m.startDelay(name, a.delay)
@@ -98,7 +98,7 @@ func (m *Machine) endDelay(c *EndDelay) Result {
 		}
 		fresh := m.editLock(c.Name)
 		fresh.setDelays(append(append([]Delay(nil), k.delays[:i]...), k.delays[i+1:]...))
-		m.dropIfIdle(fresh)
+		m.dropIfIdle(c.Name, fresh)
 		m.emit(Event{Kind: EventDelayEnded, Locks: named([]string{c.Name}), Delay: d})
 		m.dirty = append(m.dirty, c.Name)
 		m.settle()
@@ -119,8 +119,7 @@ func (m *Machine) settle() {
 				break
 			}
 			m.dequeue(a)
-			granted := *a
-			m.grant(m.lease(a.lease), &granted)
+			m.grant(m.toChange(a))
 			for _, other := range a.names() {
 				if other != name {
 					m.dirty = append(m.dirty, other)
@@ -129,6 +128,17 @@ func (m *Machine) settle() {
 		}
 	}
 	m.dirty = m.dirty[:0]
+}
+
+// toChange returns copies of an acquisition and, if it is its own, its lease.
+func (m *Machine) toChange(a *acquisition) (*lease, *acquisition) {
+	l := m.lease(a.lease)
+	if l.own() {
+		fresh := *l
+		return &fresh, &fresh.acq
+	}
+	fresh := *a
+	return l, &fresh
 }
 
 func (m *Machine) head(name string) (head *acquisition) {

@@ -27,7 +27,7 @@ func (m *state) TTL(id LeaseID) (Duration, bool) {
 	if l == nil {
 		return 0, false
 	}
-	return l.ttl, true
+	return l.ttl(), true
 }
 
 // Lease shows a live lease.
@@ -40,7 +40,7 @@ func (m *state) Lease(id LeaseID) (Lease, bool) {
 }
 
 func (m *state) show(l *lease) Lease {
-	out := Lease{ID: l.id, TTL: l.ttl, Owner: l.owner.Value(), Since: l.since, Own: l.own(), Request: l.request()}
+	out := Lease{ID: l.id, TTL: l.ttl(), Owner: l.owner(), Since: l.since, Own: l.own(), Request: l.request()}
 	if !l.own() {
 		out.Metadata = l.session.metadata
 	}
@@ -68,7 +68,7 @@ func (m *state) AscendLeases(after LeaseID, fn func(Lease) bool) {
 // EachLease calls fn for every live lease, in order of id, until it returns
 // false.
 func (m *state) EachLease(fn func(id LeaseID, ttl Duration) bool) {
-	m.leases.Scan(func(_ LeaseID, l *lease) bool { return fn(l.id, l.ttl) })
+	m.leases.Scan(func(_ LeaseID, l *lease) bool { return fn(l.id, l.ttl()) })
 }
 
 // EachWaiter calls fn for every waiting acquisition, until it returns false.
@@ -85,9 +85,9 @@ func (m *state) EachWaiter(fn func(id LeaseID, own bool, request RequestID) bool
 
 // EachDelay calls fn for every lock-delay that has not ended.
 func (m *state) EachDelay(fn func(name string, d Delay) bool) {
-	m.locks.Scan(func(_ string, k *lock) bool {
+	m.locks.Scan(func(name string, k *lock) bool {
 		for _, d := range k.delays {
-			if !fn(k.name, d) {
+			if !fn(name, d) {
 				return false
 			}
 		}
@@ -151,7 +151,7 @@ func (m *state) obstacles(names []string, mode Mode, limit uint32, before uint64
 		if ahead == 0 && k.admits(mode, limit) {
 			continue
 		}
-		m.eachHolder(k, func(a *acquisition) bool {
+		m.eachHolder(name, k, func(a *acquisition) bool {
 			o.Holders = append(o.Holders, m.showHolder(name, a))
 			return len(o.Holders) < MaxExplained
 		})
@@ -166,7 +166,7 @@ func (m *state) showHolder(name string, a *acquisition) Holder {
 		LockDelay: a.delay, Actor: a.actor, Metadata: a.metadata,
 	}
 	if l := m.lease(a.lease); l != nil {
-		h.Owner = l.owner.Value()
+		h.Owner = l.owner()
 	}
 	for i, n := range a.names() {
 		if n == name {
@@ -179,7 +179,7 @@ func (m *state) showHolder(name string, a *acquisition) Holder {
 func (m *state) showWaiter(a *acquisition) Waiter {
 	w := Waiter{Lease: a.lease, Request: a.request, Mode: a.mode, Limit: a.limit, Since: a.since, Actor: a.actor, Metadata: a.metadata}
 	if l := m.lease(a.lease); l != nil {
-		w.Owner = l.owner.Value()
+		w.Owner = l.owner()
 	}
 	return w
 }
@@ -190,23 +190,23 @@ func (m *state) Lock(name string) (Lock, bool) {
 	if k == nil {
 		return Lock{Name: name, Last: m.memory.last(name)}, false
 	}
-	return m.showLock(k), true
+	return m.showLock(name, k), true
 }
 
-func (m *state) showLock(k *lock) Lock {
+func (m *state) showLock(name string, k *lock) Lock {
 	out := Lock{
-		Name: k.name, Delays: k.delays, Declared: k.declared, Clock: k.clock, ExpiresAt: k.expires,
+		Name: name, Delays: k.delays, Declared: k.declared, Clock: k.clock, ExpiresAt: k.expires,
 		Last: k.last, HolderCount: int(k.holders), WaiterCount: int(k.waiters),
 	}
 	if k.shared > 0 {
 		out.Limit = k.limit
 	}
-	m.eachHolder(k, func(a *acquisition) bool {
-		out.Holders = append(out.Holders, m.showHolder(k.name, a))
+	m.eachHolder(name, k, func(a *acquisition) bool {
+		out.Holders = append(out.Holders, m.showHolder(name, a))
 		return len(out.Holders) < MaxListed
 	})
-	m.queues.Ascend(place{key: k.name}, func(p place) bool {
-		if p.key != k.name || len(out.Waiters) == MaxListed {
+	m.queues.Ascend(place{key: name}, func(p place) bool {
+		if p.key != name || len(out.Waiters) == MaxListed {
 			return false
 		}
 		out.Waiters = append(out.Waiters, m.showWaiter(p.acq))
@@ -218,7 +218,7 @@ func (m *state) showLock(k *lock) Lock {
 // AscendLocks calls fn for the locks with a name of at least from, in order,
 // until it returns false.
 func (m *state) AscendLocks(from string, fn func(Lock) bool) {
-	m.locks.Ascend(from, func(_ string, k *lock) bool { return fn(m.showLock(k)) })
+	m.locks.Ascend(from, func(name string, k *lock) bool { return fn(m.showLock(name, k)) })
 }
 
 // Live returns the highest and the lowest token that hold a lock, 0 when it is

@@ -151,7 +151,7 @@ func (m *Machine) forceRelease(c *ForceRelease) Result {
 }
 
 func (m *state) holdersOf(name string) (list []*acquisition) {
-	m.eachHolder(m.lock(name), func(a *acquisition) bool {
+	m.eachHolder(name, m.lock(name), func(a *acquisition) bool {
 		list = append(list, a)
 		return true
 	})
@@ -194,7 +194,7 @@ func (m *Machine) undeclare(c *Undeclare) Result {
 	k = m.editLock(c.Name)
 	k.change(func(t *traits) { t.declared, t.clock, t.expires = false, 0, 0 })
 	m.emit(Event{Kind: EventUndeclared, Locks: named([]string{c.Name})})
-	m.dropIfIdle(k)
+	m.dropIfIdle(c.Name, k)
 	m.breakHolds(m.holdersOf(c.Name), EndUndeclared, "")
 	return Result{}
 }

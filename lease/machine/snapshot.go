@@ -3,7 +3,6 @@ package machine
 import (
 	"encoding/binary"
 	"fmt"
-	"unique"
 
 	"github.com/tidwall/btree"
 
@@ -34,7 +33,7 @@ func (m *state) Snapshot(emit func(chunk []byte) error) error {
 	w.table(m.waits + m.grants)
 	m.eachAcquisition(func(a *acquisition) bool { return w.record(a.encode) })
 	w.table(m.locks.Len())
-	m.locks.Scan(func(_ string, k *lock) bool { return w.record(k.encode) })
+	m.locks.Scan(func(name string, k *lock) bool { return w.record(func(e *encoder) { k.encode(e, name) }) })
 	w.table(m.memory.len())
 	m.memory.each(func(p *past) bool { return w.record(p.encode) })
 	for _, g := range []*generation{&m.memory.old, &m.memory.young} {
@@ -79,11 +78,12 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 		}
 		l := m.lease(a.lease)
 		switch {
-		case l == nil || l.own() && l.acq != nil:
+		case l == nil || l.own() && l.acq.terms != nil:
 			d.fail("an acquisition without a lease")
 			return
 		case l.own():
-			l.acq = a
+			l.acq = *a
+			a = &l.acq
 			m.requests[a.request] = a.lease
 		}
 		entry := under{a.lease, a.request, a}
@@ -91,7 +91,9 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 			d.fail("records out of order")
 		}
 		before = entry
-		m.enter(l, a)
+		if !l.own() {
+			m.acqs.Set(entry)
+		}
 		if a.token == 0 {
 			m.waits++
 			for _, name := range a.names() {
@@ -116,9 +118,9 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 		}
 	})
 	r.table(func(d *decoder) {
-		k, mode := decodeLock(d)
-		ascending(d, m.locks, k.name)
-		holder := first[k.name]
+		name, k, mode := decodeLock(d)
+		ascending(d, m.locks, name)
+		holder := first[name]
 		if (holder != nil) != (k.holders > 0) || holder != nil && holder.mode != mode {
 			d.fail("a lock that does not match its holders")
 			return
@@ -126,7 +128,7 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 		if k.holders == 1 {
 			k.sole = holder
 		}
-		m.locks.Set(k.name, k)
+		m.locks.Set(name, k)
 	})
 	r.table(func(d *decoder) {
 		p := decodePast(d)
@@ -175,7 +177,7 @@ func (m *Machine) check() error {
 		bad("lease %d was never made", last)
 	}
 	m.leases.Scan(func(id LeaseID, l *lease) bool {
-		if l.own() && l.acq == nil {
+		if l.own() && l.acq.terms == nil {
 			return bad("lease %d is without its acquisition", id)
 		}
 		return true
@@ -200,10 +202,10 @@ func (m *Machine) check() error {
 		bad("two acquisitions with one token or place")
 	}
 	holders, queued := 0, 0
-	m.locks.Scan(func(_ string, k *lock) bool {
+	m.locks.Scan(func(name string, k *lock) bool {
 		shared := 0
 		n := 0
-		m.eachHolder(k, func(a *acquisition) bool {
+		m.eachHolder(name, k, func(a *acquisition) bool {
 			n++
 			if a.mode == Shared {
 				shared++
@@ -213,12 +215,12 @@ func (m *Machine) check() error {
 			}
 			return true
 		})
-		if several := m.severalHold(k.name); n < 2 == several {
+		if several := m.severalHold(name); n < 2 == several {
 			n = -1 << 30
 		}
 		waiters := 0
-		m.queues.Ascend(place{key: k.name}, func(p place) bool {
-			if p.key != k.name {
+		m.queues.Ascend(place{key: name}, func(p place) bool {
+			if p.key != name {
 				return false
 			}
 			waiters++
@@ -228,7 +230,7 @@ func (m *Machine) check() error {
 			return true
 		})
 		if n != int(k.holders) || waiters != int(k.waiters) || shared != int(k.shared) {
-			return bad("lock %q does not match its holders and waiters", k.name)
+			return bad("lock %q does not match its holders and waiters", name)
 		}
 		holders, queued = holders+n, queued+waiters
 		return true
@@ -263,8 +265,8 @@ func (m *state) eachAcquisition(fn func(*acquisition) bool) {
 
 func (l *lease) encode(e *encoder) {
 	e.uint(uint64(l.id))
-	e.int(int64(l.ttl))
-	e.string(l.owner.Value())
+	e.int(int64(l.ttl()))
+	e.string(l.owner())
 	s := l.session
 	if l.own() {
 		s = &session{request: l.acq.request}
@@ -294,7 +296,9 @@ func (l *lease) encode(e *encoder) {
 }
 
 func decodeLease(d *decoder) *lease {
-	l := &lease{id: LeaseID(d.uint()), ttl: Duration(d.int()), owner: unique.Make(d.string())}
+	l := &lease{id: LeaseID(d.uint())}
+	ttl, owner := Duration(d.int()), d.string()
+	l.terms = leaseTermsOf(owner, ttl)
 	s := &session{metadata: d.metadata()}
 	l.since = d.int()
 	own, used := d.bools()
@@ -372,8 +376,8 @@ func decodeAcquisition(d *decoder) *acquisition {
 	return a
 }
 
-func (k *lock) encode(e *encoder) {
-	e.string(k.name)
+func (k *lock) encode(e *encoder, name string) {
+	e.string(name)
 	e.uint(uint64(k.holders))
 	e.uint(uint64(k.waiters))
 	e.uint(uint64(k.shared))
@@ -400,9 +404,10 @@ func (k *lock) encode(e *encoder) {
 	e.uint(uint64(k.last))
 }
 
-// decodeLock also returns the mode of the holders.
-func decodeLock(d *decoder) (*lock, Mode) {
-	k := &lock{name: d.string(), holders: int32(d.below(1 << 31)), waiters: int32(d.below(1 << 31)), traits: noTraits}
+// decodeLock also returns the lock's name and the mode of the holders.
+func decodeLock(d *decoder) (string, *lock, Mode) {
+	name := d.string()
+	k := &lock{holders: int32(d.below(1 << 31)), waiters: int32(d.below(1 << 31)), traits: noTraits}
 	t := traits{shared: int32(d.below(1 << 31)), limit: uint32(d.below(1 << 32))}
 	mode := Mode(d.byte())
 	t.declared, _ = d.bools()
@@ -414,7 +419,7 @@ func decodeLock(d *decoder) (*lock, Mode) {
 		k.traits = &t
 	}
 	k.last = fence.Token(d.uint())
-	return k, mode
+	return name, k, mode
 }
 
 func (p *past) encode(e *encoder) {
