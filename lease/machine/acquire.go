@@ -213,7 +213,6 @@ func (m *Machine) grant(l *lease, a *acquisition) []GrantedLock {
 		if a.mode == Shared {
 			k.share(1, a.limit)
 		}
-		k.last = a.token
 		if k.declared {
 			k.setClock(k.clock+1, m.stamp+int64(l.ttl()))
 			a.setClock(i, k.clock)

@@ -166,7 +166,6 @@ func termsOf(mode Mode, limit uint32, delay Duration, actor string, metadata []M
 // lock is the record of a lock that is held, waited for, delayed or declared.
 // Its name is its key in the table.
 type lock struct {
-	last    fence.Token
 	sole    *acquisition // the holder, while holders is 1
 	*traits              // never nil; replaced, never changed
 	holders int32
@@ -181,6 +180,7 @@ type traits struct {
 	clock    uint64 // of a declared lock
 	expires  int64  // of a declared lock's last grant
 	delays   []Delay
+	last     fence.Token // granted on it, unless that is the sole holder's
 }
 
 var noTraits = &traits{}
@@ -202,6 +202,20 @@ func (l *lock) setClock(clock uint64, expires int64) {
 }
 
 func (l *lock) setDelays(list []Delay) { l.change(func(t *traits) { t.delays = list }) }
+
+// last is the last token granted on the lock, as far as is remembered.
+func (l *lock) last() fence.Token {
+	if l.sole != nil {
+		return max(l.sole.token, l.traits.last)
+	}
+	return l.traits.last
+}
+
+func (l *lock) setLast(last fence.Token) {
+	if last != l.last() {
+		l.change(func(t *traits) { t.last = last })
+	}
+}
 
 // mode is that of the holders, of whom there is one at least.
 func (l *lock) mode() Mode {
@@ -397,7 +411,7 @@ func (m *state) eachHolder(name string, k *lock, fn func(*acquisition) bool) {
 	}
 }
 
-// addHolder takes a lock that is the caller's to change.
+// addHolder takes a lock that is the caller's to change, and a new grant.
 func (m *Machine) addHolder(name string, k *lock, a *acquisition) {
 	if k.sole != nil {
 		m.holders.Set(place{name, uint64(k.sole.token), k.sole})
@@ -408,6 +422,7 @@ func (m *Machine) addHolder(name string, k *lock, a *acquisition) {
 	} else {
 		m.holders.Set(place{name, uint64(a.token), a})
 	}
+	k.setLast(a.token)
 	k.holders++
 	m.holds++
 }
@@ -416,8 +431,9 @@ func (m *Machine) addHolder(name string, k *lock, a *acquisition) {
 func (m *Machine) removeHolder(name string, k *lock, a *acquisition) {
 	k.holders--
 	m.holds--
-	if k.sole != nil {
+	if last := k.last(); k.sole != nil {
 		k.sole = nil
+		k.setLast(last)
 		return
 	}
 	m.holders.Delete(place{key: name, n: uint64(a.token)})
@@ -467,7 +483,7 @@ func (m *Machine) editLock(name string) *lock {
 	if ok {
 		*fresh = *old
 	} else {
-		fresh.last = m.memory.last(name)
+		fresh.setLast(m.memory.last(name))
 	}
 	m.locks.Set(name, fresh)
 	return fresh

@@ -196,7 +196,7 @@ func (m *state) Lock(name string) (Lock, bool) {
 func (m *state) showLock(name string, k *lock) Lock {
 	out := Lock{
 		Name: name, Delays: k.delays, Declared: k.declared, Clock: k.clock, ExpiresAt: k.expires,
-		Last: k.last, HolderCount: int(k.holders), WaiterCount: int(k.waiters),
+		Last: k.last(), HolderCount: int(k.holders), WaiterCount: int(k.waiters),
 	}
 	if k.shared > 0 {
 		out.Limit = k.limit

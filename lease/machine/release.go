@@ -125,7 +125,7 @@ func (m *Machine) notHeld(c *Release, end *Ended) *Refusal {
 
 func (m *state) lastOn(name string) fence.Token {
 	if k := m.lock(name); k != nil {
-		return k.last
+		return k.last()
 	}
 	return m.memory.last(name)
 }

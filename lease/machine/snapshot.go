@@ -118,7 +118,7 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 		}
 	})
 	r.table(func(d *decoder) {
-		name, k, mode := decodeLock(d)
+		name, k, last, mode := decodeLock(d)
 		ascending(d, m.locks, name)
 		holder := first[name]
 		if (holder != nil) != (k.holders > 0) || holder != nil && holder.mode != mode {
@@ -128,6 +128,7 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 		if k.holders == 1 {
 			k.sole = holder
 		}
+		k.setLast(last)
 		m.locks.Set(name, k)
 	})
 	r.table(func(d *decoder) {
@@ -401,11 +402,12 @@ func (k *lock) encode(e *encoder, name string) {
 	}
 	e.uint(k.clock)
 	e.int(k.expires)
-	e.uint(uint64(k.last))
+	e.uint(uint64(k.last()))
 }
 
-// decodeLock also returns the lock's name and the mode of the holders.
-func decodeLock(d *decoder) (string, *lock, Mode) {
+// decodeLock also returns the lock's name, its last token, and the mode of the
+// holders.
+func decodeLock(d *decoder) (string, *lock, fence.Token, Mode) {
 	name := d.string()
 	k := &lock{holders: int32(d.below(1 << 31)), waiters: int32(d.below(1 << 31)), traits: noTraits}
 	t := traits{shared: int32(d.below(1 << 31)), limit: uint32(d.below(1 << 32))}
@@ -418,8 +420,7 @@ func decodeLock(d *decoder) (string, *lock, Mode) {
 	if t.shared != 0 || t.limit != 0 || t.declared || t.clock != 0 || t.expires != 0 || t.delays != nil {
 		k.traits = &t
 	}
-	k.last = fence.Token(d.uint())
-	return name, k, mode
+	return name, k, fence.Token(d.uint()), mode
 }
 
 func (p *past) encode(e *encoder) {
