@@ -8,6 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
+	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -90,7 +92,7 @@ func Run(ctx context.Context, cfg Config) ([]Result, error) {
 	if cfg.Progress == nil {
 		cfg.Progress = io.Discard
 	}
-	b := &bench{Config: cfg, run: time.Now().UnixNano()}
+	b := &bench{Config: cfg, run: strconv.FormatUint(rand.Uint64N(1<<40), 36)}
 	c, err := client.New([]string{cfg.Endpoint})
 	if err != nil {
 		return nil, err
@@ -136,10 +138,10 @@ func Run(ctx context.Context, cfg Config) ([]Result, error) {
 
 type bench struct {
 	Config
-	run int64 // tells the names of this run from those of others
+	run string // tells the names of this run from those of others
 }
 
-func (b *bench) name(worker int) string { return fmt.Sprintf("bench/%d/%d", b.run, worker) }
+func (b *bench) name(worker int) string { return fmt.Sprintf("bench/%s/%d", b.run, worker) }
 
 // clients are one per connection.
 func (b *bench) clients() ([]*client.Client, func(), error) {
