@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
@@ -81,7 +82,10 @@ func (f *serveFlags) run(cmd *cobra.Command) error {
 		fmt.Fprintln(cmd.OutOrStdout(), "distlock "+versionString())
 		return nil
 	}
+	host, port, err := net.SplitHostPort(f.Address)
 	switch {
+	case err == nil:
+		return usage("--address has no port, and is %q: give --address %s --port %s", f.Address, cmp.Or(host, "::"), port)
 	case f.Port < 0 || f.Port > 65535:
 		return usage("--port must be from 0 to 65535, and is %d", f.Port)
 	case f.maxWorkers < 1 && !f.runAsync:
