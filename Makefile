@@ -134,7 +134,7 @@ bench: ## run the Go benchmarks matching BENCH here and at BASE, and compare the
 .PHONY: scale
 scale: build ## keep SCALE leases with a lock each alive from 100 connections; the cost of a lock among many
 	$(GO) test -run '^$$' -bench AcquireRelease -benchmem ./lease/machine
-	dir=$$(mktemp -d); ./distlock --run-async --data-dir $$dir --port 50151 --metrics-address localhost:50152 & pid=$$!; sleep 1; \
+	dir=$$(mktemp -d); ./distlock --run-async --data-dir $$dir --port 50151 --metrics-address localhost:50152 --pprof & pid=$$!; sleep 1; \
 	  ./distlock bench keepalive --no-echo --endpoints localhost:50151 --metrics http://localhost:50152/metrics \
 	    --leases $(SCALE) --connections 100 --ttl 30s --every 20s --duration 60s; \
 	  code=$$?; kill $$pid; wait $$pid; rm -rf $$dir; exit $$code

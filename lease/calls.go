@@ -20,32 +20,33 @@ type call struct {
 	tag  uint64          // names the call there
 
 	weight int64 // of the port's bound
-	onPort bool  // parked, by the port's count
 
 	// Of an Acquire.
-	key      waiter
-	bound    time.Duration // of the wait; WaitForever for none
-	since    time.Duration // when the loop took it in
-	wait     timer
-	leaseID  ID
-	explain  Explanation
-	answered bool
-	givingUp bool // its Abandon is in the log: a grant that comes first is undone
-	granted  bool // it was answered with what it asked for
+	key     waiter
+	bound   time.Duration // of the wait; WaitForever for none
+	since   time.Duration // when the loop took it in
+	wait    *timer        // while it is parked, if there is a bound
+	leaseID ID
+	explain *Explanation // once it was refused or has waited in vain
 
 	giveUpOf *call // this is the Abandon of a wait that reached its bound
 	room     room  // that it has reserved
+
+	onPort   bool // parked, by the port's count
+	answered bool
+	givingUp bool // its Abandon is in the log: a grant that comes first is undone
+	granted  bool // it was answered with what it asked for
 }
 
 // room is what a command may add to the tables.
-type room struct{ leases, locks, waiters int }
+type room struct{ leases, locks, waiters int32 }
 
 func (r *room) add(o room) { r.leases += o.leases; r.locks += o.locks; r.waiters += o.waiters }
 func (r *room) sub(o room) { r.leases -= o.leases; r.locks -= o.locks; r.waiters -= o.waiters }
 
 type outcome struct {
 	result  machine.Result
-	explain Explanation
+	explain *Explanation
 	err     error
 }
 
@@ -79,7 +80,7 @@ func (m *Manager) reserve(c *call) error {
 	case *machine.Declare:
 		need.locks = 1
 	case *machine.Acquire:
-		need.locks = len(cmd.Names)
+		need.locks = int32(len(cmd.Names))
 		if cmd.Lease == 0 {
 			need.leases = 1
 		}
@@ -105,11 +106,11 @@ func (m *Manager) reserve(c *call) error {
 // is under way; nil when none would.
 func (m *Manager) exceeded(need room) error {
 	switch {
-	case need.leases > 0 && m.counts.Leases+m.reserved.leases+need.leases > m.bounds.MaxLeases:
+	case need.leases > 0 && m.counts.Leases+int(m.reserved.leases+need.leases) > m.bounds.MaxLeases:
 		return &ExhaustedError{What: "leases", Max: m.bounds.MaxLeases}
-	case need.locks > 0 && m.counts.Locks+m.reserved.locks+need.locks > m.bounds.MaxLocks:
+	case need.locks > 0 && m.counts.Locks+int(m.reserved.locks+need.locks) > m.bounds.MaxLocks:
 		return &ExhaustedError{What: "locks", Max: m.bounds.MaxLocks}
-	case need.waiters > 0 && m.counts.Waiters+m.reserved.waiters+need.waiters > m.bounds.MaxWaiters:
+	case need.waiters > 0 && m.counts.Waiters+int(m.reserved.waiters+need.waiters) > m.bounds.MaxWaiters:
 		return &ExhaustedError{What: "waiters", Max: m.bounds.MaxWaiters}
 	}
 	return nil
@@ -144,7 +145,7 @@ func (c *call) committed(m *Manager, r machine.Result, serving bool) {
 	if c.giveUpOf != nil {
 		waited := c.giveUpOf
 		m.unpark(waited)
-		waited.answer(m, machine.Result{}, &WaitTimeoutError{Waited: waited.bound, Explain: waited.explain})
+		waited.answer(m, machine.Result{}, &WaitTimeoutError{Waited: waited.bound, Explain: *waited.explain})
 		return
 	}
 	if r.Refusal != nil {
@@ -211,9 +212,9 @@ func (m *Manager) park(c *call) {
 	}
 	if c.bound != WaitForever {
 		m.waitID++
-		c.wait = timer{kind: timerWait, id: m.waitID, deadline: later(c.since, c.bound)}
+		c.wait = &timer{kind: timerWait, id: m.waitID, deadline: later(c.since, c.bound)}
 		m.waits[m.waitID] = c
-		m.wheel.arm(&c.wait)
+		m.wheel.arm(c.wait)
 	}
 }
 
@@ -445,10 +446,10 @@ func (m *Manager) Acquire(ctx context.Context, r AcquireRequest) (Grant, error) 
 
 // heldError is the refusal of a lock that is not free, explained; other errors
 // stay as they are.
-func heldError(err error, explain Explanation) error {
+func heldError(err error, explain *Explanation) error {
 	var refusal *Refusal
 	if errors.As(err, &refusal) && refusal.Reason == machine.ReasonLockHeld {
-		return &HeldError{Refusal: refusal, Explain: explain}
+		return &HeldError{Refusal: refusal, Explain: *explain}
 	}
 	return err
 }

@@ -736,7 +736,7 @@ func (m *Manager) unpark(c *call) {
 		delete(m.parked, c.key)
 	}
 	if c.wait.armed() {
-		m.wheel.disarm(&c.wait)
+		m.wheel.disarm(c.wait)
 		delete(m.waits, c.wait.id)
 	}
 }
@@ -749,14 +749,14 @@ func (m *Manager) giveUp(c *call) {
 }
 
 // explain says what a parked call waits for, with the time left of delays.
-func (m *Manager) explain(c *call) Explanation {
+func (m *Manager) explain(c *call) *Explanation {
 	var list []machine.Obstacle
 	m.store.Read(func(s *machine.Machine) { list = s.Explain(c.leaseID, c.key.request) })
 	return m.withDelays(list)
 }
 
-func (m *Manager) withDelays(list []machine.Obstacle) Explanation {
-	var e Explanation
+func (m *Manager) withDelays(list []machine.Obstacle) *Explanation {
+	e := &Explanation{}
 	for _, o := range list {
 		e.Obstacles = append(e.Obstacles, Obstacle{Obstacle: o, DelayRemaining: m.delayRemaining(o.Delays)})
 	}
@@ -913,7 +913,7 @@ func (drain) take(m *Manager) {
 	// nobody but a restarted server, with full TTLs, is to end them.
 	for _, c := range m.parked {
 		if c.wait.armed() {
-			m.wheel.disarm(&c.wait)
+			m.wheel.disarm(c.wait)
 		}
 		c.answer(m, machine.Result{}, ErrStopping)
 	}

@@ -51,7 +51,8 @@ const (
 	timerPause
 )
 
-func (t *timer) armed() bool { return t.next != nil }
+// armed is false of no timer, too.
+func (t *timer) armed() bool { return t != nil && t.next != nil }
 
 // wheel is a hierarchical timer wheel (Varghese and Lauck, SOSP 1987): arming
 // and disarming are O(1), whatever the number of timers. Level n has slots of

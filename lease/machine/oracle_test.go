@@ -508,7 +508,7 @@ func show(m *state) string {
 	return b.String()
 }
 
-func snapshotOf(t interface{ Fatalf(string, ...any) }, m *Machine) []byte {
+func snapshotOf(t interface{ Fatalf(string, ...any) }, m interface{ Snapshot(func([]byte) error) error }) []byte {
 	var b []byte
 	if err := m.Snapshot(func(chunk []byte) error { b = append(b, chunk...); return nil }); err != nil {
 		t.Fatalf("snapshot: %v", err)
@@ -624,11 +624,12 @@ func TestOracle(t *testing.T) {
 			}
 			batch.Term, decoded.Term = 1, 1
 			// Whoever reads a copy is not disturbed.
-			copied, was := m.Copy(), show(&m.state)
+			before := show(&m.state)
+			copied, was := m.Copy(), snapshotOf(t, m)
 			want := o.apply(c, 1, LeaseID(m.leaseIDs+1))
 			out := m.Apply(batch)
-			if got := show(&copied.state); got != was {
-				t.Fatalf("a copy changed:\n%s\nwas\n%s", got, was)
+			if !bytes.Equal(snapshotOf(t, copied), was) {
+				t.Fatalf("step %d %T%+v: a copy changed:\n%s\nwas\n%s", step, c, c, show(&copied.state), before)
 			}
 			got := out.Results[0]
 			reason := Reason("")
@@ -639,7 +640,7 @@ func TestOracle(t *testing.T) {
 				}
 			}
 			if reason != want.reason {
-				t.Fatalf("step %d %T%+v: refused %q, want %q\n%s", step, c, c, reason, want.reason, was)
+				t.Fatalf("step %d %T%+v: refused %q, want %q\n%s", step, c, c, reason, want.reason, before)
 			}
 			for _, e := range out.Events {
 				if e.Kind == EventDelayStarted {

@@ -23,7 +23,7 @@ var mutants = []mutant{
 	{"request ids shared by all leases", "lease/machine/machine.go",
 		"\tif a.lease != b.lease {\n\t\treturn a.lease < b.lease\n\t}\n", "", "simulation"},
 	{"floor not lowered for those who share", "lease/machine/acquire.go",
-		"m.eachHolder(k, func(other *acquisition) bool {\n\t\t\ta.setFloor(i, other.token)", "m.eachHolder(nil, func(other *acquisition) bool {\n\t\t\ta.setFloor(i, other.token)", "simulation"},
+		"m.eachHolder(name, k, func(other *acquisition) bool {\n\t\t\ta.setFloor(i, other.token)", "m.eachHolder(name, nil, func(other *acquisition) bool {\n\t\t\ta.setFloor(i, other.token)", "simulation"},
 	{"a late duplicate is granted anew", "lease/machine/acquire.go",
 		"if end := m.memory.request(c.Request); end != nil {", "if end := m.memory.request(c.Request); end != nil && end.revision == 0 {", "simulation"},
 	{"expiry of another term is applied", "lease/machine/lease.go",
@@ -52,7 +52,11 @@ var mutants = []mutant{
 	{"a generation is forgotten too early", "lease/machine/memory.go",
 		"\t\tm.old, m.young = m.young, m.old\n", "", "machine"},
 	{"a sole holder stays among several", "lease/machine/machine.go",
-		"\t\tm.holders.Delete(place{key: k.name, n: uint64(k.sole.token)})\n", "", "machine"},
+		"\t\tm.holders.Delete(place{key: name, n: uint64(k.sole.token)})\n", "", "machine"},
+	{"a lock forgets its last token with its holder", "lease/machine/machine.go",
+		"\t\tk.setLast(last)\n", "\t\t_ = last\n", "machine"},
+	{"a grant changes what a view has", "lease/machine/queue.go",
+		"\t\tfresh := *l\n\t\treturn &fresh, &fresh.acq", "\t\treturn l, &l.acq", "machine"},
 
 	// The manager.
 	{"release acknowledged before its commit", "lease/manager.go",
