@@ -508,7 +508,9 @@ func show(m *state) string {
 	return b.String()
 }
 
-func snapshotOf(t interface{ Fatalf(string, ...any) }, m interface{ Snapshot(func([]byte) error) error }) []byte {
+func snapshotOf(t interface{ Fatalf(string, ...any) }, m interface {
+	Snapshot(func([]byte) error) error
+}) []byte {
 	var b []byte
 	if err := m.Snapshot(func(chunk []byte) error { b = append(b, chunk...); return nil }); err != nil {
 		t.Fatalf("snapshot: %v", err)
