@@ -26,17 +26,24 @@ func (b *bench) collect(ctx context.Context) {
 	if b.Metrics == "" || err != nil {
 		return
 	}
+	at.Path, at.RawQuery = "/debug/pprof/heap", "gc=1"
+	get(ctx, at.String(), func(answer io.Reader) { io.Copy(io.Discard, answer) })
+}
+
+// get hands what is at an address to read, or nothing where nobody answers.
+func get(ctx context.Context, address string, read func(io.Reader)) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	at.Path, at.RawQuery = "/debug/pprof/heap", "gc=1"
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, at.String(), nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
 	if err != nil {
 		return
 	}
-	if resp, err := http.DefaultClient.Do(req); err == nil {
-		io.Copy(io.Discard, resp.Body)
-		resp.Body.Close()
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return
 	}
+	defer resp.Body.Close()
+	read(resp.Body)
 }
 
 // heapOf is how much of the heap each of n things takes that were made between
@@ -51,21 +58,14 @@ func heapOf(n int, empty, full, settled usage) float64 {
 
 // server asks the server; what it does not tell stays unknown.
 func (b *bench) server(ctx context.Context) (u usage) {
-	if b.Metrics == "" {
-		return u
+	if b.Metrics != "" {
+		get(ctx, b.Metrics, u.read)
 	}
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, b.Metrics, nil)
-	if err != nil {
-		return u
-	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return u
-	}
-	defer resp.Body.Close()
-	lines := bufio.NewScanner(resp.Body)
+	return u
+}
+
+func (u *usage) read(metrics io.Reader) {
+	lines := bufio.NewScanner(metrics)
 	for lines.Scan() {
 		name, text, ok := strings.Cut(lines.Text(), " ")
 		value, err := strconv.ParseFloat(text, 64)
@@ -85,7 +85,6 @@ func (b *bench) server(ctx context.Context) (u usage) {
 			u.live = value
 		}
 	}
-	return u
 }
 
 func (r *Result) used(before, after usage) {

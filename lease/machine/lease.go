@@ -22,26 +22,24 @@ func (m *Machine) grantLease(c *GrantLease) Result {
 			return refuse(Refusal{Reason: ReasonRequestEnded, Lease: end.lease, Ended: end.ended()})
 		}
 	}
-	l := m.makeLease(&lease{terms: leaseTermsOf(c.Owner, c.TTL), session: &session{
+	l := &lease{terms: leaseTermsOf(c.Owner, c.TTL), session: &session{
 		request: c.Request, metadata: c.Metadata, after: fence.Token(m.minted),
-	}})
+	}}
+	m.makeLease(l)
+	m.leases.Set(l.id, l)
 	return Result{Lease: l.id}
 }
 
-// makeLease gives a lease its id. One of its own is entered with its
+// makeLease gives a lease its id. The caller enters it, one of its own with its
 // acquisition.
-func (m *Machine) makeLease(l *lease) *lease {
+func (m *Machine) makeLease(l *lease) {
 	m.leaseIDs++
 	l.id, l.since = LeaseID(m.leaseIDs), m.stamp
-	if !l.own() {
-		m.leases.Set(l.id, l)
-	}
 	request := l.request()
 	if request != 0 {
 		m.requests[request] = l.id
 	}
 	m.emit(Event{Kind: EventLeaseGranted, Lease: l.id, Request: request, Owner: l.owner(), TTL: l.ttl(), Own: l.own()})
-	return l
 }
 
 func (m *Machine) revokeLease(c *RevokeLease) Result {

@@ -431,7 +431,8 @@ func (m *Machine) addHolder(name string, k *lock, a *acquisition) {
 func (m *Machine) removeHolder(name string, k *lock, a *acquisition) {
 	k.holders--
 	m.holds--
-	if last := k.last(); k.sole != nil {
+	if k.sole != nil {
+		last := k.last()
 		k.sole = nil
 		k.setLast(last)
 		return
