@@ -81,9 +81,9 @@ func TestAcquireAndRelease(t *testing.T) {
 	if !errors.Is(first.Err(), client.ErrReleased) || first.Remaining() != 0 {
 		t.Fatal(first.Err())
 	}
-	second := acquire(t, c, "a")
-	if second.Token() <= first.Token() {
-		t.Fatalf("token %d after %d", second.Token(), first.Token())
+	second := acquire(t, c, "a", client.TTL(2500*time.Millisecond))
+	if second.Token() <= first.Token() || second.TTL() != 2500*time.Millisecond {
+		t.Fatalf("token %d after %d, TTL %v", second.Token(), first.Token(), second.TTL())
 	}
 }
 

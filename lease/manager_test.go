@@ -380,3 +380,38 @@ func TestForgetComesTenMinutesLater(t *testing.T) {
 		}
 	})
 }
+
+// TestAGrantLeavesNoTimerOfItsWait: it would keep the call for as long as the
+// wait was allowed to take.
+func TestAGrantLeavesNoTimerOfItsWait(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		g, err := r.own("a", time.Minute, 0, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		granted := make(chan error, 1)
+		go func() {
+			_, err := r.own("a", time.Minute, time.Hour, 0)
+			granted <- err
+		}()
+		timers := func() (n int) {
+			if err := r.linearize(t.Context(), func(m *Manager) { n = len(m.waits) }); err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+		synctest.Wait()
+		if n := timers(); n != 1 {
+			t.Fatalf("%d timers while one waits", n)
+		}
+		if err := r.Release(t.Context(), ReleaseRequest{Lease: g.Lease, Token: g.Token}); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-granted; err != nil {
+			t.Fatal(err)
+		}
+		if n := timers(); n != 0 {
+			t.Errorf("%d timers of waits that are over", n)
+		}
+	})
+}

@@ -325,3 +325,26 @@ func BenchmarkHeld(b *testing.B) {
 	}
 	b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/n, "B/lease")
 }
+
+// TestCommandsOfABatchAreApart: they are made together, and each is its own.
+func TestCommandsOfABatchAreApart(t *testing.T) {
+	var want Batch
+	for i := range 3*together + 1 {
+		owner := []string{"o", "o", "p", ""}[i%4]
+		want.Commands = append(want.Commands,
+			&Acquire{Request: RequestID(i + 1), Names: []string{fmt.Sprint("a", i)}, Mode: Exclusive, TTL: 1, Owner: owner},
+			&Release{Name: fmt.Sprint("r", i), Token: fence.Token(i + 1)})
+	}
+	got, err := DecodeBatch(AppendBatch(nil, &want))
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	for _, c := range got.Commands {
+		if c, ok := c.(*Acquire); ok {
+			_ = append(c.Names, "another")
+		}
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Error("a name was written over another's")
+	}
+}

@@ -27,3 +27,40 @@ func TestCountsWaitersOnce(t *testing.T) {
 		t.Fatalf("%d waiters, one acquisition waits", n)
 	}
 }
+
+// TestALockThatComesBackKnowsItsLastToken: a lost hold leaves a trace, also
+// when nothing has kept the lock in existence.
+func TestALockThatComesBackKnowsItsLastToken(t *testing.T) {
+	m := New(0)
+	m.Apply(Batch{Commands: []Command{
+		&Acquire{Request: 1, Names: []string{"a"}, Mode: Exclusive, TTL: 1},
+		&RevokeLease{Lease: 1},
+		&Declare{Name: "a"},
+	}})
+	if k, _ := m.Lock("a"); k.Last != 1 {
+		t.Fatalf("%+v", k)
+	}
+}
+
+// TestARepeatedGrantLeaseMustMatch in its TTL and its owner.
+func TestARepeatedGrantLeaseMustMatch(t *testing.T) {
+	m := New(0)
+	for _, c := range []struct {
+		grant  GrantLease
+		reason Reason
+	}{
+		{GrantLease{Request: 5, TTL: 2, Owner: "o"}, ""},
+		{GrantLease{Request: 5, TTL: 2, Owner: "o"}, ""},
+		{GrantLease{Request: 5, TTL: 3, Owner: "o"}, ReasonRequestMismatch},
+		{GrantLease{Request: 5, TTL: 2, Owner: "p"}, ReasonRequestMismatch},
+	} {
+		got := m.Apply(Batch{Commands: []Command{&c.grant}}).Results[0]
+		reason := Reason("")
+		if got.Refusal != nil {
+			reason = got.Refusal.Reason
+		}
+		if reason != c.reason || reason == "" && got.Lease != 1 {
+			t.Errorf("%+v: %+v, %q", c.grant, got, reason)
+		}
+	}
+}
