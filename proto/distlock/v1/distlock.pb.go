@@ -282,8 +282,9 @@ type AcquireRequest struct {
 	// How long the locks stay ungrantable if this hold is lost.
 	LockDelay *durationpb.Duration `protobuf:"bytes,9,opt,name=lock_delay,json=lockDelay,proto3" json:"lock_delay,omitempty"`
 	// Names this request, so that a repeat is safe; below 2^63. With a lease
-	// of its own a random number; under lease_id a sequence number. 0: the
-	// server makes one and a repeat is a new request.
+	// of its own a random number. Under lease_id a sequence number below 2^62 of
+	// the one client that has the lease, or, where several have it, a random
+	// number from 2^62 on. 0: the server makes one and a repeat is a new request.
 	RequestId uint64 `protobuf:"varint,10,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// Under lease_id with request_id: the lowest id of this lease that still
 	// awaits its answer. Lower ones are refused from then on.
@@ -291,7 +292,13 @@ type AcquireRequest struct {
 	// The thread of work this belongs to, for deadlock detection; optional.
 	Actor string `protobuf:"bytes,12,opt,name=actor,proto3" json:"actor,omitempty"`
 	// Shown to whoever waits behind; at most 4 KiB.
-	Metadata      map[string]string `protobuf:"bytes,13,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Metadata map[string]string `protobuf:"bytes,13,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Which attempt of the request this is, from 1 on. Of two that wait at once
+	// the lower is answered SUPERSEDED. With it, a call that ends undoes nothing,
+	// and a wait with a lease of its own lives for its TTL from its last renewal
+	// (KeepAliveRequest.request_ids). 0: the client does not count attempts; its
+	// wait lives as long as its call, and is undone when the call is cancelled.
+	Attempt       uint32 `protobuf:"varint,14,opt,name=attempt,proto3" json:"attempt,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -415,6 +422,13 @@ func (x *AcquireRequest) GetMetadata() map[string]string {
 		return x.Metadata
 	}
 	return nil
+}
+
+func (x *AcquireRequest) GetAttempt() uint32 {
+	if x != nil {
+		return x.Attempt
+	}
+	return 0
 }
 
 type AcquireResponse struct {
@@ -614,7 +628,10 @@ type ReleaseRequest struct {
 	// The lease that holds it; 0 for whichever does.
 	LeaseId uint64 `protobuf:"varint,2,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
 	// One of the hold's locks; required without lease_id.
-	Name          string `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	Name string `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	// The request_id of the grant, with lease_id: a repeat is answered right
+	// however much has ended since. Optional.
+	RequestId     uint64 `protobuf:"varint,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -670,6 +687,13 @@ func (x *ReleaseRequest) GetName() string {
 	return ""
 }
 
+func (x *ReleaseRequest) GetRequestId() uint64 {
+	if x != nil {
+		return x.RequestId
+	}
+	return 0
+}
+
 type ReleaseResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -709,8 +733,13 @@ func (*ReleaseResponse) Descriptor() ([]byte, []int) {
 type AbandonRequest struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	RequestId uint64                 `protobuf:"varint,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
-	// 0 for a request with a lease of its own.
-	LeaseId       uint64 `protobuf:"varint,2,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
+	// 0 for requests with a lease of their own.
+	LeaseId uint64 `protobuf:"varint,2,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
+	// More ids of the same kind; at most 4,096.
+	RequestIds []uint64 `protobuf:"varint,3,rep,packed,name=request_ids,json=requestIds,proto3" json:"request_ids,omitempty"`
+	// Ends the lease as well, cleanly: what is held under it is released without
+	// lock-delay, and who waits under it leaves. With lease_id; needs no ids.
+	EndLease      bool `protobuf:"varint,4,opt,name=end_lease,json=endLease,proto3" json:"end_lease,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -757,6 +786,20 @@ func (x *AbandonRequest) GetLeaseId() uint64 {
 		return x.LeaseId
 	}
 	return 0
+}
+
+func (x *AbandonRequest) GetRequestIds() []uint64 {
+	if x != nil {
+		return x.RequestIds
+	}
+	return nil
+}
+
+func (x *AbandonRequest) GetEndLease() bool {
+	if x != nil {
+		return x.EndLease
+	}
+	return false
 }
 
 type AbandonResponse struct {
@@ -1031,9 +1074,10 @@ func (x *ListResponse) GetRevision() uint64 {
 }
 
 type Lock struct {
-	state   protoimpl.MessageState `protogen:"open.v1"`
-	Name    string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Holders []*Holder              `protobuf:"bytes,2,rep,name=holders,proto3" json:"holders,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// At most 100; holder_count counts all.
+	Holders []*Holder `protobuf:"bytes,2,rep,name=holders,proto3" json:"holders,omitempty"`
 	// At most 100; waiter_count counts all.
 	Waiters     []*Waiter `protobuf:"bytes,3,rep,name=waiters,proto3" json:"waiters,omitempty"`
 	WaiterCount int32     `protobuf:"varint,4,opt,name=waiter_count,json=waiterCount,proto3" json:"waiter_count,omitempty"`
@@ -1043,6 +1087,7 @@ type Lock struct {
 	Declared       bool                 `protobuf:"varint,7,opt,name=declared,proto3" json:"declared,omitempty"`
 	Clock          uint64               `protobuf:"varint,8,opt,name=clock,proto3" json:"clock,omitempty"`
 	LastToken      uint64               `protobuf:"varint,9,opt,name=last_token,json=lastToken,proto3" json:"last_token,omitempty"`
+	HolderCount    int32                `protobuf:"varint,10,opt,name=holder_count,json=holderCount,proto3" json:"holder_count,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -1136,6 +1181,13 @@ func (x *Lock) GetClock() uint64 {
 func (x *Lock) GetLastToken() uint64 {
 	if x != nil {
 		return x.LastToken
+	}
+	return 0
+}
+
+func (x *Lock) GetHolderCount() int32 {
+	if x != nil {
+		return x.HolderCount
 	}
 	return 0
 }
@@ -1927,8 +1979,12 @@ func (x *GrantResponse) GetTtl() *durationpb.Duration {
 
 type KeepAliveRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// At most 10,000.
-	LeaseIds      []uint64 `protobuf:"varint,1,rep,packed,name=lease_ids,json=leaseIds,proto3" json:"lease_ids,omitempty"`
+	// At most 10,000, with request_ids.
+	LeaseIds []uint64 `protobuf:"varint,1,rep,packed,name=lease_ids,json=leaseIds,proto3" json:"lease_ids,omitempty"`
+	// Acquisitions with a lease of their own that are not answered yet: renews
+	// the lease that each was made with, so that its place in the queue lives on
+	// whatever becomes of its connection.
+	RequestIds    []uint64 `protobuf:"varint,2,rep,packed,name=request_ids,json=requestIds,proto3" json:"request_ids,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1970,10 +2026,19 @@ func (x *KeepAliveRequest) GetLeaseIds() []uint64 {
 	return nil
 }
 
+func (x *KeepAliveRequest) GetRequestIds() []uint64 {
+	if x != nil {
+		return x.RequestIds
+	}
+	return nil
+}
+
 type KeepAliveResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// In the order asked.
-	Results       []*KeepAliveResponse_Result `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
+	Results []*KeepAliveResponse_Result `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
+	// In the order asked.
+	Requests      []*KeepAliveResponse_Request `protobuf:"bytes,2,rep,name=requests,proto3" json:"requests,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2015,6 +2080,84 @@ func (x *KeepAliveResponse) GetResults() []*KeepAliveResponse_Result {
 	return nil
 }
 
+func (x *KeepAliveResponse) GetRequests() []*KeepAliveResponse_Request {
+	if x != nil {
+		return x.Requests
+	}
+	return nil
+}
+
+// Loss tells that a lease ended otherwise than by the word of who has it, or
+// that a hold under it did while it lives on.
+type Loss struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	LeaseId uint64                 `protobuf:"varint,1,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
+	// Of the hold; 0 when it is the lease that ended.
+	Token         uint64   `protobuf:"varint,2,opt,name=token,proto3" json:"token,omitempty"`
+	Cause         EndCause `protobuf:"varint,3,opt,name=cause,proto3,enum=distlock.v1.EndCause" json:"cause,omitempty"`
+	By            string   `protobuf:"bytes,4,opt,name=by,proto3" json:"by,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Loss) Reset() {
+	*x = Loss{}
+	mi := &file_distlock_v1_distlock_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Loss) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Loss) ProtoMessage() {}
+
+func (x *Loss) ProtoReflect() protoreflect.Message {
+	mi := &file_distlock_v1_distlock_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Loss.ProtoReflect.Descriptor instead.
+func (*Loss) Descriptor() ([]byte, []int) {
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *Loss) GetLeaseId() uint64 {
+	if x != nil {
+		return x.LeaseId
+	}
+	return 0
+}
+
+func (x *Loss) GetToken() uint64 {
+	if x != nil {
+		return x.Token
+	}
+	return 0
+}
+
+func (x *Loss) GetCause() EndCause {
+	if x != nil {
+		return x.Cause
+	}
+	return EndCause_END_CAUSE_UNSPECIFIED
+}
+
+func (x *Loss) GetBy() string {
+	if x != nil {
+		return x.By
+	}
+	return ""
+}
+
 type RevokeRequest struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	LeaseId uint64                 `protobuf:"varint,1,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
@@ -2026,7 +2169,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[26]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2038,7 +2181,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[26]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2051,7 +2194,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{26}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *RevokeRequest) GetLeaseId() uint64 {
@@ -2076,7 +2219,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[27]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2088,7 +2231,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[27]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2101,7 +2244,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{27}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{28}
 }
 
 type GetLeaseRequest struct {
@@ -2114,7 +2257,7 @@ type GetLeaseRequest struct {
 
 func (x *GetLeaseRequest) Reset() {
 	*x = GetLeaseRequest{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[28]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2126,7 +2269,7 @@ func (x *GetLeaseRequest) String() string {
 func (*GetLeaseRequest) ProtoMessage() {}
 
 func (x *GetLeaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[28]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2139,7 +2282,7 @@ func (x *GetLeaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetLeaseRequest.ProtoReflect.Descriptor instead.
 func (*GetLeaseRequest) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{28}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *GetLeaseRequest) GetLeaseId() uint64 {
@@ -2165,7 +2308,7 @@ type GetLeaseResponse struct {
 
 func (x *GetLeaseResponse) Reset() {
 	*x = GetLeaseResponse{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[29]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2177,7 +2320,7 @@ func (x *GetLeaseResponse) String() string {
 func (*GetLeaseResponse) ProtoMessage() {}
 
 func (x *GetLeaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[29]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2190,7 +2333,7 @@ func (x *GetLeaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetLeaseResponse.ProtoReflect.Descriptor instead.
 func (*GetLeaseResponse) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{29}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *GetLeaseResponse) GetLease() *Lease {
@@ -2211,7 +2354,7 @@ type ListLeasesRequest struct {
 
 func (x *ListLeasesRequest) Reset() {
 	*x = ListLeasesRequest{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[30]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2223,7 +2366,7 @@ func (x *ListLeasesRequest) String() string {
 func (*ListLeasesRequest) ProtoMessage() {}
 
 func (x *ListLeasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[30]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2236,7 +2379,7 @@ func (x *ListLeasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLeasesRequest.ProtoReflect.Descriptor instead.
 func (*ListLeasesRequest) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{30}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ListLeasesRequest) GetPageSize() int32 {
@@ -2270,7 +2413,7 @@ type ListLeasesResponse struct {
 
 func (x *ListLeasesResponse) Reset() {
 	*x = ListLeasesResponse{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[31]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2282,7 +2425,7 @@ func (x *ListLeasesResponse) String() string {
 func (*ListLeasesResponse) ProtoMessage() {}
 
 func (x *ListLeasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[31]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2295,7 +2438,7 @@ func (x *ListLeasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLeasesResponse.ProtoReflect.Descriptor instead.
 func (*ListLeasesResponse) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{31}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListLeasesResponse) GetLeases() []*Lease {
@@ -2334,7 +2477,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[32]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2346,7 +2489,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[32]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2359,7 +2502,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{32}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Lease) GetLeaseId() uint64 {
@@ -2469,7 +2612,7 @@ type Problem struct {
 
 func (x *Problem) Reset() {
 	*x = Problem{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[33]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2481,7 +2624,7 @@ func (x *Problem) String() string {
 func (*Problem) ProtoMessage() {}
 
 func (x *Problem) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[33]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2494,7 +2637,7 @@ func (x *Problem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Problem.ProtoReflect.Descriptor instead.
 func (*Problem) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{33}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Problem) GetReason() string {
@@ -2619,7 +2762,7 @@ type Obstacle struct {
 
 func (x *Obstacle) Reset() {
 	*x = Obstacle{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[34]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2631,7 +2774,7 @@ func (x *Obstacle) String() string {
 func (*Obstacle) ProtoMessage() {}
 
 func (x *Obstacle) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[34]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2644,7 +2787,7 @@ func (x *Obstacle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Obstacle.ProtoReflect.Descriptor instead.
 func (*Obstacle) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{34}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Obstacle) GetName() string {
@@ -2707,7 +2850,7 @@ type Link struct {
 
 func (x *Link) Reset() {
 	*x = Link{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[35]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2719,7 +2862,7 @@ func (x *Link) String() string {
 func (*Link) ProtoMessage() {}
 
 func (x *Link) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[35]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2732,7 +2875,7 @@ func (x *Link) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Link.ProtoReflect.Descriptor instead.
 func (*Link) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{35}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Link) GetActor() string {
@@ -2764,7 +2907,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[36]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2776,7 +2919,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[36]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2789,7 +2932,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{36}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{37}
 }
 
 type StatusResponse struct {
@@ -2815,7 +2958,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[37]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2827,7 +2970,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[37]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2840,7 +2983,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{37}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *StatusResponse) GetVersion() string {
@@ -2956,7 +3099,7 @@ type Restored struct {
 
 func (x *Restored) Reset() {
 	*x = Restored{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[38]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2968,7 +3111,7 @@ func (x *Restored) String() string {
 func (*Restored) ProtoMessage() {}
 
 func (x *Restored) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[38]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2981,7 +3124,7 @@ func (x *Restored) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Restored.ProtoReflect.Descriptor instead.
 func (*Restored) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{38}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Restored) GetAt() *timestamppb.Timestamp {
@@ -3027,7 +3170,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[39]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3039,7 +3182,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[39]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3052,7 +3195,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{39}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Member) GetId() string {
@@ -3116,7 +3259,7 @@ type AddMemberRequest struct {
 
 func (x *AddMemberRequest) Reset() {
 	*x = AddMemberRequest{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[40]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3128,7 +3271,7 @@ func (x *AddMemberRequest) String() string {
 func (*AddMemberRequest) ProtoMessage() {}
 
 func (x *AddMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[40]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3141,7 +3284,7 @@ func (x *AddMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddMemberRequest.ProtoReflect.Descriptor instead.
 func (*AddMemberRequest) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{40}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *AddMemberRequest) GetId() string {
@@ -3174,7 +3317,7 @@ type AddMemberResponse struct {
 
 func (x *AddMemberResponse) Reset() {
 	*x = AddMemberResponse{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[41]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3186,7 +3329,7 @@ func (x *AddMemberResponse) String() string {
 func (*AddMemberResponse) ProtoMessage() {}
 
 func (x *AddMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[41]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3199,7 +3342,7 @@ func (x *AddMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddMemberResponse.ProtoReflect.Descriptor instead.
 func (*AddMemberResponse) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{41}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *AddMemberResponse) GetClusterId() string {
@@ -3218,7 +3361,7 @@ type PromoteMemberRequest struct {
 
 func (x *PromoteMemberRequest) Reset() {
 	*x = PromoteMemberRequest{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[42]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3230,7 +3373,7 @@ func (x *PromoteMemberRequest) String() string {
 func (*PromoteMemberRequest) ProtoMessage() {}
 
 func (x *PromoteMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[42]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3243,7 +3386,7 @@ func (x *PromoteMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteMemberRequest.ProtoReflect.Descriptor instead.
 func (*PromoteMemberRequest) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{42}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *PromoteMemberRequest) GetId() string {
@@ -3261,7 +3404,7 @@ type PromoteMemberResponse struct {
 
 func (x *PromoteMemberResponse) Reset() {
 	*x = PromoteMemberResponse{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[43]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3273,7 +3416,7 @@ func (x *PromoteMemberResponse) String() string {
 func (*PromoteMemberResponse) ProtoMessage() {}
 
 func (x *PromoteMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[43]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3286,7 +3429,7 @@ func (x *PromoteMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteMemberResponse.ProtoReflect.Descriptor instead.
 func (*PromoteMemberResponse) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{43}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{44}
 }
 
 type RemoveMemberRequest struct {
@@ -3298,7 +3441,7 @@ type RemoveMemberRequest struct {
 
 func (x *RemoveMemberRequest) Reset() {
 	*x = RemoveMemberRequest{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[44]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3310,7 +3453,7 @@ func (x *RemoveMemberRequest) String() string {
 func (*RemoveMemberRequest) ProtoMessage() {}
 
 func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[44]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3323,7 +3466,7 @@ func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMemberRequest.ProtoReflect.Descriptor instead.
 func (*RemoveMemberRequest) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{44}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *RemoveMemberRequest) GetId() string {
@@ -3341,7 +3484,7 @@ type RemoveMemberResponse struct {
 
 func (x *RemoveMemberResponse) Reset() {
 	*x = RemoveMemberResponse{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[45]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3353,7 +3496,7 @@ func (x *RemoveMemberResponse) String() string {
 func (*RemoveMemberResponse) ProtoMessage() {}
 
 func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[45]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3366,7 +3509,7 @@ func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMemberResponse.ProtoReflect.Descriptor instead.
 func (*RemoveMemberResponse) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{45}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{46}
 }
 
 type TransferLeadershipRequest struct {
@@ -3379,7 +3522,7 @@ type TransferLeadershipRequest struct {
 
 func (x *TransferLeadershipRequest) Reset() {
 	*x = TransferLeadershipRequest{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[46]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3391,7 +3534,7 @@ func (x *TransferLeadershipRequest) String() string {
 func (*TransferLeadershipRequest) ProtoMessage() {}
 
 func (x *TransferLeadershipRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[46]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3404,7 +3547,7 @@ func (x *TransferLeadershipRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TransferLeadershipRequest.ProtoReflect.Descriptor instead.
 func (*TransferLeadershipRequest) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{46}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *TransferLeadershipRequest) GetId() string {
@@ -3423,7 +3566,7 @@ type TransferLeadershipResponse struct {
 
 func (x *TransferLeadershipResponse) Reset() {
 	*x = TransferLeadershipResponse{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[47]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3435,7 +3578,7 @@ func (x *TransferLeadershipResponse) String() string {
 func (*TransferLeadershipResponse) ProtoMessage() {}
 
 func (x *TransferLeadershipResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[47]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3448,7 +3591,7 @@ func (x *TransferLeadershipResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TransferLeadershipResponse.ProtoReflect.Descriptor instead.
 func (*TransferLeadershipResponse) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{47}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *TransferLeadershipResponse) GetLeader() string {
@@ -3466,7 +3609,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[48]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3478,7 +3621,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[48]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3491,7 +3634,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{48}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{49}
 }
 
 type BackupResponse struct {
@@ -3504,7 +3647,7 @@ type BackupResponse struct {
 
 func (x *BackupResponse) Reset() {
 	*x = BackupResponse{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[49]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3516,7 +3659,7 @@ func (x *BackupResponse) String() string {
 func (*BackupResponse) ProtoMessage() {}
 
 func (x *BackupResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[49]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3529,7 +3672,7 @@ func (x *BackupResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupResponse.ProtoReflect.Descriptor instead.
 func (*BackupResponse) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{49}
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *BackupResponse) GetChunk() []byte {
@@ -3545,14 +3688,19 @@ type KeepAliveResponse_Result struct {
 	// Time to live from receipt; absent when the lease is gone.
 	Ttl *durationpb.Duration `protobuf:"bytes,2,opt,name=ttl,proto3" json:"ttl,omitempty"`
 	// Set when the lease is gone.
-	Problem       *Problem `protobuf:"bytes,3,opt,name=problem,proto3" json:"problem,omitempty"`
+	Problem *Problem `protobuf:"bytes,3,opt,name=problem,proto3" json:"problem,omitempty"`
+	// Holds under the live lease that ended otherwise than by the word of who
+	// has the lease: the latest, at most 64. lost_count counts all since the
+	// lease was made: who has not learned of so many checks its tokens.
+	Lost          []*Loss `protobuf:"bytes,4,rep,name=lost,proto3" json:"lost,omitempty"`
+	LostCount     uint64  `protobuf:"varint,5,opt,name=lost_count,json=lostCount,proto3" json:"lost_count,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *KeepAliveResponse_Result) Reset() {
 	*x = KeepAliveResponse_Result{}
-	mi := &file_distlock_v1_distlock_proto_msgTypes[54]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3564,7 +3712,7 @@ func (x *KeepAliveResponse_Result) String() string {
 func (*KeepAliveResponse_Result) ProtoMessage() {}
 
 func (x *KeepAliveResponse_Result) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_distlock_proto_msgTypes[54]
+	mi := &file_distlock_v1_distlock_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3601,11 +3749,116 @@ func (x *KeepAliveResponse_Result) GetProblem() *Problem {
 	return nil
 }
 
+func (x *KeepAliveResponse_Result) GetLost() []*Loss {
+	if x != nil {
+		return x.Lost
+	}
+	return nil
+}
+
+func (x *KeepAliveResponse_Result) GetLostCount() uint64 {
+	if x != nil {
+		return x.LostCount
+	}
+	return 0
+}
+
+type KeepAliveResponse_Request struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	RequestId uint64                 `protobuf:"varint,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// The lease made with it; 0 when the request is not known.
+	LeaseId uint64 `protobuf:"varint,2,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
+	// Time to live from receipt; absent when the lease is gone.
+	Ttl *durationpb.Duration `protobuf:"bytes,3,opt,name=ttl,proto3" json:"ttl,omitempty"`
+	// It has a place in its queues. Otherwise it was granted: a repeat of the
+	// Acquire gets the grant.
+	Waiting bool `protobuf:"varint,4,opt,name=waiting,proto3" json:"waiting,omitempty"`
+	// A call waits here for its grant. Otherwise a repeat should.
+	Attached bool `protobuf:"varint,5,opt,name=attached,proto3" json:"attached,omitempty"`
+	// Set when the request has ended (REQUEST_ENDED), or is not known
+	// (REQUEST_NOT_FOUND): it may not have arrived yet.
+	Problem       *Problem `protobuf:"bytes,6,opt,name=problem,proto3" json:"problem,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeepAliveResponse_Request) Reset() {
+	*x = KeepAliveResponse_Request{}
+	mi := &file_distlock_v1_distlock_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeepAliveResponse_Request) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeepAliveResponse_Request) ProtoMessage() {}
+
+func (x *KeepAliveResponse_Request) ProtoReflect() protoreflect.Message {
+	mi := &file_distlock_v1_distlock_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeepAliveResponse_Request.ProtoReflect.Descriptor instead.
+func (*KeepAliveResponse_Request) Descriptor() ([]byte, []int) {
+	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{25, 1}
+}
+
+func (x *KeepAliveResponse_Request) GetRequestId() uint64 {
+	if x != nil {
+		return x.RequestId
+	}
+	return 0
+}
+
+func (x *KeepAliveResponse_Request) GetLeaseId() uint64 {
+	if x != nil {
+		return x.LeaseId
+	}
+	return 0
+}
+
+func (x *KeepAliveResponse_Request) GetTtl() *durationpb.Duration {
+	if x != nil {
+		return x.Ttl
+	}
+	return nil
+}
+
+func (x *KeepAliveResponse_Request) GetWaiting() bool {
+	if x != nil {
+		return x.Waiting
+	}
+	return false
+}
+
+func (x *KeepAliveResponse_Request) GetAttached() bool {
+	if x != nil {
+		return x.Attached
+	}
+	return false
+}
+
+func (x *KeepAliveResponse_Request) GetProblem() *Problem {
+	if x != nil {
+		return x.Problem
+	}
+	return nil
+}
+
 var File_distlock_v1_distlock_proto protoreflect.FileDescriptor
 
 const file_distlock_v1_distlock_proto_rawDesc = "" +
 	"\n" +
-	"\x1adistlock/v1/distlock.proto\x12\vdistlock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbb\x04\n" +
+	"\x1adistlock/v1/distlock.proto\x12\vdistlock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd5\x04\n" +
 	"\x0eAcquireRequest\x12\x14\n" +
 	"\x05names\x18\x01 \x03(\tR\x05names\x12%\n" +
 	"\x04mode\x18\x02 \x01(\x0e2\x11.distlock.v1.ModeR\x04mode\x12\x14\n" +
@@ -3622,7 +3875,8 @@ const file_distlock_v1_distlock_proto_rawDesc = "" +
 	" \x01(\x04R\trequestId\x123\n" +
 	"\x16lowest_open_request_id\x18\v \x01(\x04R\x13lowestOpenRequestId\x12\x14\n" +
 	"\x05actor\x18\f \x01(\tR\x05actor\x12E\n" +
-	"\bmetadata\x18\r \x03(\v2).distlock.v1.AcquireRequest.MetadataEntryR\bmetadata\x1a;\n" +
+	"\bmetadata\x18\r \x03(\v2).distlock.v1.AcquireRequest.MetadataEntryR\bmetadata\x12\x18\n" +
+	"\aattempt\x18\x0e \x01(\rR\aattempt\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\";\n" +
@@ -3640,16 +3894,21 @@ const file_distlock_v1_distlock_proto_rawDesc = "" +
 	"granted_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\tgrantedAt\"7\n" +
 	"\vGrantedLock\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
-	"\x05floor\x18\x02 \x01(\x04R\x05floor\"U\n" +
+	"\x05floor\x18\x02 \x01(\x04R\x05floor\"t\n" +
 	"\x0eReleaseRequest\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\x04R\x05token\x12\x19\n" +
 	"\blease_id\x18\x02 \x01(\x04R\aleaseId\x12\x12\n" +
-	"\x04name\x18\x03 \x01(\tR\x04name\"\x11\n" +
-	"\x0fReleaseResponse\"J\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x04 \x01(\x04R\trequestId\"\x11\n" +
+	"\x0fReleaseResponse\"\x88\x01\n" +
 	"\x0eAbandonRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\x04R\trequestId\x12\x19\n" +
-	"\blease_id\x18\x02 \x01(\x04R\aleaseId\"\x11\n" +
+	"\blease_id\x18\x02 \x01(\x04R\aleaseId\x12\x1f\n" +
+	"\vrequest_ids\x18\x03 \x03(\x04R\n" +
+	"requestIds\x12\x1b\n" +
+	"\tend_lease\x18\x04 \x01(\bR\bendLease\"\x11\n" +
 	"\x0fAbandonResponse\"\\\n" +
 	"\n" +
 	"GetRequest\x12\x12\n" +
@@ -3667,7 +3926,7 @@ const file_distlock_v1_distlock_proto_rawDesc = "" +
 	"\fListResponse\x12'\n" +
 	"\x05locks\x18\x01 \x03(\v2\x11.distlock.v1.LockR\x05locks\x12&\n" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\x12\x1a\n" +
-	"\brevision\x18\x03 \x01(\x04R\brevision\"\xc6\x02\n" +
+	"\brevision\x18\x03 \x01(\x04R\brevision\"\xe9\x02\n" +
 	"\x04Lock\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
 	"\aholders\x18\x02 \x03(\v2\x13.distlock.v1.HolderR\aholders\x12-\n" +
@@ -3678,7 +3937,9 @@ const file_distlock_v1_distlock_proto_rawDesc = "" +
 	"\bdeclared\x18\a \x01(\bR\bdeclared\x12\x14\n" +
 	"\x05clock\x18\b \x01(\x04R\x05clock\x12\x1d\n" +
 	"\n" +
-	"last_token\x18\t \x01(\x04R\tlastToken\"\x8a\x03\n" +
+	"last_token\x18\t \x01(\x04R\tlastToken\x12!\n" +
+	"\fholder_count\x18\n" +
+	" \x01(\x05R\vholderCount\"\x8a\x03\n" +
 	"\x06Holder\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\x04R\x05token\x12\x14\n" +
 	"\x05floor\x18\x02 \x01(\x04R\x05floor\x12\x19\n" +
@@ -3760,15 +4021,34 @@ const file_distlock_v1_distlock_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"W\n" +
 	"\rGrantResponse\x12\x19\n" +
 	"\blease_id\x18\x01 \x01(\x04R\aleaseId\x12+\n" +
-	"\x03ttl\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\"/\n" +
+	"\x03ttl\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\"P\n" +
 	"\x10KeepAliveRequest\x12\x1b\n" +
-	"\tlease_ids\x18\x01 \x03(\x04R\bleaseIds\"\xd7\x01\n" +
+	"\tlease_ids\x18\x01 \x03(\x04R\bleaseIds\x12\x1f\n" +
+	"\vrequest_ids\x18\x02 \x03(\x04R\n" +
+	"requestIds\"\xba\x04\n" +
 	"\x11KeepAliveResponse\x12?\n" +
-	"\aresults\x18\x01 \x03(\v2%.distlock.v1.KeepAliveResponse.ResultR\aresults\x1a\x80\x01\n" +
+	"\aresults\x18\x01 \x03(\v2%.distlock.v1.KeepAliveResponse.ResultR\aresults\x12B\n" +
+	"\brequests\x18\x02 \x03(\v2&.distlock.v1.KeepAliveResponse.RequestR\brequests\x1a\xc6\x01\n" +
 	"\x06Result\x12\x19\n" +
 	"\blease_id\x18\x01 \x01(\x04R\aleaseId\x12+\n" +
 	"\x03ttl\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\x12.\n" +
-	"\aproblem\x18\x03 \x01(\v2\x14.distlock.v1.ProblemR\aproblem\":\n" +
+	"\aproblem\x18\x03 \x01(\v2\x14.distlock.v1.ProblemR\aproblem\x12%\n" +
+	"\x04lost\x18\x04 \x03(\v2\x11.distlock.v1.LossR\x04lost\x12\x1d\n" +
+	"\n" +
+	"lost_count\x18\x05 \x01(\x04R\tlostCount\x1a\xd6\x01\n" +
+	"\aRequest\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x01 \x01(\x04R\trequestId\x12\x19\n" +
+	"\blease_id\x18\x02 \x01(\x04R\aleaseId\x12+\n" +
+	"\x03ttl\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\x12\x18\n" +
+	"\awaiting\x18\x04 \x01(\bR\awaiting\x12\x1a\n" +
+	"\battached\x18\x05 \x01(\bR\battached\x12.\n" +
+	"\aproblem\x18\x06 \x01(\v2\x14.distlock.v1.ProblemR\aproblem\"t\n" +
+	"\x04Loss\x12\x19\n" +
+	"\blease_id\x18\x01 \x01(\x04R\aleaseId\x12\x14\n" +
+	"\x05token\x18\x02 \x01(\x04R\x05token\x12+\n" +
+	"\x05cause\x18\x03 \x01(\x0e2\x15.distlock.v1.EndCauseR\x05cause\x12\x0e\n" +
+	"\x02by\x18\x04 \x01(\tR\x02by\":\n" +
 	"\rRevokeRequest\x12\x19\n" +
 	"\blease_id\x18\x01 \x01(\x04R\aleaseId\x12\x0e\n" +
 	"\x02by\x18\x02 \x01(\tR\x02by\"\x10\n" +
@@ -3943,7 +4223,7 @@ func file_distlock_v1_distlock_proto_rawDescGZIP() []byte {
 }
 
 var file_distlock_v1_distlock_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_distlock_v1_distlock_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
+var file_distlock_v1_distlock_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
 var file_distlock_v1_distlock_proto_goTypes = []any{
 	(Consistency)(0),                   // 0: distlock.v1.Consistency
 	(Mode)(0),                          // 1: distlock.v1.Mode
@@ -3975,140 +4255,147 @@ var file_distlock_v1_distlock_proto_goTypes = []any{
 	(*GrantResponse)(nil),              // 27: distlock.v1.GrantResponse
 	(*KeepAliveRequest)(nil),           // 28: distlock.v1.KeepAliveRequest
 	(*KeepAliveResponse)(nil),          // 29: distlock.v1.KeepAliveResponse
-	(*RevokeRequest)(nil),              // 30: distlock.v1.RevokeRequest
-	(*RevokeResponse)(nil),             // 31: distlock.v1.RevokeResponse
-	(*GetLeaseRequest)(nil),            // 32: distlock.v1.GetLeaseRequest
-	(*GetLeaseResponse)(nil),           // 33: distlock.v1.GetLeaseResponse
-	(*ListLeasesRequest)(nil),          // 34: distlock.v1.ListLeasesRequest
-	(*ListLeasesResponse)(nil),         // 35: distlock.v1.ListLeasesResponse
-	(*Lease)(nil),                      // 36: distlock.v1.Lease
-	(*Problem)(nil),                    // 37: distlock.v1.Problem
-	(*Obstacle)(nil),                   // 38: distlock.v1.Obstacle
-	(*Link)(nil),                       // 39: distlock.v1.Link
-	(*StatusRequest)(nil),              // 40: distlock.v1.StatusRequest
-	(*StatusResponse)(nil),             // 41: distlock.v1.StatusResponse
-	(*Restored)(nil),                   // 42: distlock.v1.Restored
-	(*Member)(nil),                     // 43: distlock.v1.Member
-	(*AddMemberRequest)(nil),           // 44: distlock.v1.AddMemberRequest
-	(*AddMemberResponse)(nil),          // 45: distlock.v1.AddMemberResponse
-	(*PromoteMemberRequest)(nil),       // 46: distlock.v1.PromoteMemberRequest
-	(*PromoteMemberResponse)(nil),      // 47: distlock.v1.PromoteMemberResponse
-	(*RemoveMemberRequest)(nil),        // 48: distlock.v1.RemoveMemberRequest
-	(*RemoveMemberResponse)(nil),       // 49: distlock.v1.RemoveMemberResponse
-	(*TransferLeadershipRequest)(nil),  // 50: distlock.v1.TransferLeadershipRequest
-	(*TransferLeadershipResponse)(nil), // 51: distlock.v1.TransferLeadershipResponse
-	(*BackupRequest)(nil),              // 52: distlock.v1.BackupRequest
-	(*BackupResponse)(nil),             // 53: distlock.v1.BackupResponse
-	nil,                                // 54: distlock.v1.AcquireRequest.MetadataEntry
-	nil,                                // 55: distlock.v1.Holder.MetadataEntry
-	nil,                                // 56: distlock.v1.Waiter.MetadataEntry
-	nil,                                // 57: distlock.v1.GrantRequest.MetadataEntry
-	(*KeepAliveResponse_Result)(nil),   // 58: distlock.v1.KeepAliveResponse.Result
-	nil,                                // 59: distlock.v1.Lease.MetadataEntry
-	(*durationpb.Duration)(nil),        // 60: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),      // 61: google.protobuf.Timestamp
+	(*Loss)(nil),                       // 30: distlock.v1.Loss
+	(*RevokeRequest)(nil),              // 31: distlock.v1.RevokeRequest
+	(*RevokeResponse)(nil),             // 32: distlock.v1.RevokeResponse
+	(*GetLeaseRequest)(nil),            // 33: distlock.v1.GetLeaseRequest
+	(*GetLeaseResponse)(nil),           // 34: distlock.v1.GetLeaseResponse
+	(*ListLeasesRequest)(nil),          // 35: distlock.v1.ListLeasesRequest
+	(*ListLeasesResponse)(nil),         // 36: distlock.v1.ListLeasesResponse
+	(*Lease)(nil),                      // 37: distlock.v1.Lease
+	(*Problem)(nil),                    // 38: distlock.v1.Problem
+	(*Obstacle)(nil),                   // 39: distlock.v1.Obstacle
+	(*Link)(nil),                       // 40: distlock.v1.Link
+	(*StatusRequest)(nil),              // 41: distlock.v1.StatusRequest
+	(*StatusResponse)(nil),             // 42: distlock.v1.StatusResponse
+	(*Restored)(nil),                   // 43: distlock.v1.Restored
+	(*Member)(nil),                     // 44: distlock.v1.Member
+	(*AddMemberRequest)(nil),           // 45: distlock.v1.AddMemberRequest
+	(*AddMemberResponse)(nil),          // 46: distlock.v1.AddMemberResponse
+	(*PromoteMemberRequest)(nil),       // 47: distlock.v1.PromoteMemberRequest
+	(*PromoteMemberResponse)(nil),      // 48: distlock.v1.PromoteMemberResponse
+	(*RemoveMemberRequest)(nil),        // 49: distlock.v1.RemoveMemberRequest
+	(*RemoveMemberResponse)(nil),       // 50: distlock.v1.RemoveMemberResponse
+	(*TransferLeadershipRequest)(nil),  // 51: distlock.v1.TransferLeadershipRequest
+	(*TransferLeadershipResponse)(nil), // 52: distlock.v1.TransferLeadershipResponse
+	(*BackupRequest)(nil),              // 53: distlock.v1.BackupRequest
+	(*BackupResponse)(nil),             // 54: distlock.v1.BackupResponse
+	nil,                                // 55: distlock.v1.AcquireRequest.MetadataEntry
+	nil,                                // 56: distlock.v1.Holder.MetadataEntry
+	nil,                                // 57: distlock.v1.Waiter.MetadataEntry
+	nil,                                // 58: distlock.v1.GrantRequest.MetadataEntry
+	(*KeepAliveResponse_Result)(nil),   // 59: distlock.v1.KeepAliveResponse.Result
+	(*KeepAliveResponse_Request)(nil),  // 60: distlock.v1.KeepAliveResponse.Request
+	nil,                                // 61: distlock.v1.Lease.MetadataEntry
+	(*durationpb.Duration)(nil),        // 62: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),      // 63: google.protobuf.Timestamp
 }
 var file_distlock_v1_distlock_proto_depIdxs = []int32{
 	1,  // 0: distlock.v1.AcquireRequest.mode:type_name -> distlock.v1.Mode
-	60, // 1: distlock.v1.AcquireRequest.ttl:type_name -> google.protobuf.Duration
-	60, // 2: distlock.v1.AcquireRequest.wait:type_name -> google.protobuf.Duration
-	60, // 3: distlock.v1.AcquireRequest.lock_delay:type_name -> google.protobuf.Duration
-	54, // 4: distlock.v1.AcquireRequest.metadata:type_name -> distlock.v1.AcquireRequest.MetadataEntry
+	62, // 1: distlock.v1.AcquireRequest.ttl:type_name -> google.protobuf.Duration
+	62, // 2: distlock.v1.AcquireRequest.wait:type_name -> google.protobuf.Duration
+	62, // 3: distlock.v1.AcquireRequest.lock_delay:type_name -> google.protobuf.Duration
+	55, // 4: distlock.v1.AcquireRequest.metadata:type_name -> distlock.v1.AcquireRequest.MetadataEntry
 	6,  // 5: distlock.v1.AcquireResponse.grant:type_name -> distlock.v1.Grant
-	60, // 6: distlock.v1.Grant.ttl:type_name -> google.protobuf.Duration
+	62, // 6: distlock.v1.Grant.ttl:type_name -> google.protobuf.Duration
 	1,  // 7: distlock.v1.Grant.mode:type_name -> distlock.v1.Mode
 	7,  // 8: distlock.v1.Grant.locks:type_name -> distlock.v1.GrantedLock
-	61, // 9: distlock.v1.Grant.granted_at:type_name -> google.protobuf.Timestamp
+	63, // 9: distlock.v1.Grant.granted_at:type_name -> google.protobuf.Timestamp
 	0,  // 10: distlock.v1.GetRequest.consistency:type_name -> distlock.v1.Consistency
 	16, // 11: distlock.v1.GetResponse.lock:type_name -> distlock.v1.Lock
 	0,  // 12: distlock.v1.ListRequest.consistency:type_name -> distlock.v1.Consistency
 	16, // 13: distlock.v1.ListResponse.locks:type_name -> distlock.v1.Lock
 	17, // 14: distlock.v1.Lock.holders:type_name -> distlock.v1.Holder
 	18, // 15: distlock.v1.Lock.waiters:type_name -> distlock.v1.Waiter
-	60, // 16: distlock.v1.Lock.delay_remaining:type_name -> google.protobuf.Duration
+	62, // 16: distlock.v1.Lock.delay_remaining:type_name -> google.protobuf.Duration
 	1,  // 17: distlock.v1.Holder.mode:type_name -> distlock.v1.Mode
-	61, // 18: distlock.v1.Holder.since:type_name -> google.protobuf.Timestamp
-	55, // 19: distlock.v1.Holder.metadata:type_name -> distlock.v1.Holder.MetadataEntry
-	60, // 20: distlock.v1.Holder.lock_delay:type_name -> google.protobuf.Duration
+	63, // 18: distlock.v1.Holder.since:type_name -> google.protobuf.Timestamp
+	56, // 19: distlock.v1.Holder.metadata:type_name -> distlock.v1.Holder.MetadataEntry
+	62, // 20: distlock.v1.Holder.lock_delay:type_name -> google.protobuf.Duration
 	1,  // 21: distlock.v1.Waiter.mode:type_name -> distlock.v1.Mode
-	61, // 22: distlock.v1.Waiter.since:type_name -> google.protobuf.Timestamp
-	56, // 23: distlock.v1.Waiter.metadata:type_name -> distlock.v1.Waiter.MetadataEntry
+	63, // 22: distlock.v1.Waiter.since:type_name -> google.protobuf.Timestamp
+	57, // 23: distlock.v1.Waiter.metadata:type_name -> distlock.v1.Waiter.MetadataEntry
 	25, // 24: distlock.v1.WatchResponse.events:type_name -> distlock.v1.Event
 	3,  // 25: distlock.v1.Event.kind:type_name -> distlock.v1.Event.Kind
 	1,  // 26: distlock.v1.Event.mode:type_name -> distlock.v1.Mode
 	2,  // 27: distlock.v1.Event.cause:type_name -> distlock.v1.EndCause
-	61, // 28: distlock.v1.Event.time:type_name -> google.protobuf.Timestamp
-	60, // 29: distlock.v1.Event.delay:type_name -> google.protobuf.Duration
-	60, // 30: distlock.v1.GrantRequest.ttl:type_name -> google.protobuf.Duration
-	57, // 31: distlock.v1.GrantRequest.metadata:type_name -> distlock.v1.GrantRequest.MetadataEntry
-	60, // 32: distlock.v1.GrantResponse.ttl:type_name -> google.protobuf.Duration
-	58, // 33: distlock.v1.KeepAliveResponse.results:type_name -> distlock.v1.KeepAliveResponse.Result
-	0,  // 34: distlock.v1.GetLeaseRequest.consistency:type_name -> distlock.v1.Consistency
-	36, // 35: distlock.v1.GetLeaseResponse.lease:type_name -> distlock.v1.Lease
-	0,  // 36: distlock.v1.ListLeasesRequest.consistency:type_name -> distlock.v1.Consistency
-	36, // 37: distlock.v1.ListLeasesResponse.leases:type_name -> distlock.v1.Lease
-	60, // 38: distlock.v1.Lease.ttl:type_name -> google.protobuf.Duration
-	60, // 39: distlock.v1.Lease.remaining:type_name -> google.protobuf.Duration
-	59, // 40: distlock.v1.Lease.metadata:type_name -> distlock.v1.Lease.MetadataEntry
-	61, // 41: distlock.v1.Lease.granted_at:type_name -> google.protobuf.Timestamp
-	6,  // 42: distlock.v1.Lease.holds:type_name -> distlock.v1.Grant
-	2,  // 43: distlock.v1.Problem.cause:type_name -> distlock.v1.EndCause
-	61, // 44: distlock.v1.Problem.ended_at:type_name -> google.protobuf.Timestamp
-	38, // 45: distlock.v1.Problem.obstacles:type_name -> distlock.v1.Obstacle
-	39, // 46: distlock.v1.Problem.circle:type_name -> distlock.v1.Link
-	17, // 47: distlock.v1.Obstacle.holders:type_name -> distlock.v1.Holder
-	18, // 48: distlock.v1.Obstacle.ahead:type_name -> distlock.v1.Waiter
-	60, // 49: distlock.v1.Obstacle.delay_remaining:type_name -> google.protobuf.Duration
-	43, // 50: distlock.v1.StatusResponse.members:type_name -> distlock.v1.Member
-	61, // 51: distlock.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	42, // 52: distlock.v1.StatusResponse.restored:type_name -> distlock.v1.Restored
-	61, // 53: distlock.v1.Restored.at:type_name -> google.protobuf.Timestamp
-	61, // 54: distlock.v1.Restored.backup_at:type_name -> google.protobuf.Timestamp
-	60, // 55: distlock.v1.KeepAliveResponse.Result.ttl:type_name -> google.protobuf.Duration
-	37, // 56: distlock.v1.KeepAliveResponse.Result.problem:type_name -> distlock.v1.Problem
-	4,  // 57: distlock.v1.LockService.Acquire:input_type -> distlock.v1.AcquireRequest
-	8,  // 58: distlock.v1.LockService.Release:input_type -> distlock.v1.ReleaseRequest
-	10, // 59: distlock.v1.LockService.Abandon:input_type -> distlock.v1.AbandonRequest
-	12, // 60: distlock.v1.LockService.Get:input_type -> distlock.v1.GetRequest
-	14, // 61: distlock.v1.LockService.List:input_type -> distlock.v1.ListRequest
-	19, // 62: distlock.v1.LockService.CheckToken:input_type -> distlock.v1.CheckTokenRequest
-	21, // 63: distlock.v1.LockService.ForceRelease:input_type -> distlock.v1.ForceReleaseRequest
-	23, // 64: distlock.v1.LockService.Watch:input_type -> distlock.v1.WatchRequest
-	26, // 65: distlock.v1.LeaseService.Grant:input_type -> distlock.v1.GrantRequest
-	28, // 66: distlock.v1.LeaseService.KeepAlive:input_type -> distlock.v1.KeepAliveRequest
-	30, // 67: distlock.v1.LeaseService.Revoke:input_type -> distlock.v1.RevokeRequest
-	32, // 68: distlock.v1.LeaseService.Get:input_type -> distlock.v1.GetLeaseRequest
-	34, // 69: distlock.v1.LeaseService.List:input_type -> distlock.v1.ListLeasesRequest
-	40, // 70: distlock.v1.ClusterService.Status:input_type -> distlock.v1.StatusRequest
-	44, // 71: distlock.v1.ClusterService.AddMember:input_type -> distlock.v1.AddMemberRequest
-	46, // 72: distlock.v1.ClusterService.PromoteMember:input_type -> distlock.v1.PromoteMemberRequest
-	48, // 73: distlock.v1.ClusterService.RemoveMember:input_type -> distlock.v1.RemoveMemberRequest
-	50, // 74: distlock.v1.ClusterService.TransferLeadership:input_type -> distlock.v1.TransferLeadershipRequest
-	52, // 75: distlock.v1.ClusterService.Backup:input_type -> distlock.v1.BackupRequest
-	5,  // 76: distlock.v1.LockService.Acquire:output_type -> distlock.v1.AcquireResponse
-	9,  // 77: distlock.v1.LockService.Release:output_type -> distlock.v1.ReleaseResponse
-	11, // 78: distlock.v1.LockService.Abandon:output_type -> distlock.v1.AbandonResponse
-	13, // 79: distlock.v1.LockService.Get:output_type -> distlock.v1.GetResponse
-	15, // 80: distlock.v1.LockService.List:output_type -> distlock.v1.ListResponse
-	20, // 81: distlock.v1.LockService.CheckToken:output_type -> distlock.v1.CheckTokenResponse
-	22, // 82: distlock.v1.LockService.ForceRelease:output_type -> distlock.v1.ForceReleaseResponse
-	24, // 83: distlock.v1.LockService.Watch:output_type -> distlock.v1.WatchResponse
-	27, // 84: distlock.v1.LeaseService.Grant:output_type -> distlock.v1.GrantResponse
-	29, // 85: distlock.v1.LeaseService.KeepAlive:output_type -> distlock.v1.KeepAliveResponse
-	31, // 86: distlock.v1.LeaseService.Revoke:output_type -> distlock.v1.RevokeResponse
-	33, // 87: distlock.v1.LeaseService.Get:output_type -> distlock.v1.GetLeaseResponse
-	35, // 88: distlock.v1.LeaseService.List:output_type -> distlock.v1.ListLeasesResponse
-	41, // 89: distlock.v1.ClusterService.Status:output_type -> distlock.v1.StatusResponse
-	45, // 90: distlock.v1.ClusterService.AddMember:output_type -> distlock.v1.AddMemberResponse
-	47, // 91: distlock.v1.ClusterService.PromoteMember:output_type -> distlock.v1.PromoteMemberResponse
-	49, // 92: distlock.v1.ClusterService.RemoveMember:output_type -> distlock.v1.RemoveMemberResponse
-	51, // 93: distlock.v1.ClusterService.TransferLeadership:output_type -> distlock.v1.TransferLeadershipResponse
-	53, // 94: distlock.v1.ClusterService.Backup:output_type -> distlock.v1.BackupResponse
-	76, // [76:95] is the sub-list for method output_type
-	57, // [57:76] is the sub-list for method input_type
-	57, // [57:57] is the sub-list for extension type_name
-	57, // [57:57] is the sub-list for extension extendee
-	0,  // [0:57] is the sub-list for field type_name
+	63, // 28: distlock.v1.Event.time:type_name -> google.protobuf.Timestamp
+	62, // 29: distlock.v1.Event.delay:type_name -> google.protobuf.Duration
+	62, // 30: distlock.v1.GrantRequest.ttl:type_name -> google.protobuf.Duration
+	58, // 31: distlock.v1.GrantRequest.metadata:type_name -> distlock.v1.GrantRequest.MetadataEntry
+	62, // 32: distlock.v1.GrantResponse.ttl:type_name -> google.protobuf.Duration
+	59, // 33: distlock.v1.KeepAliveResponse.results:type_name -> distlock.v1.KeepAliveResponse.Result
+	60, // 34: distlock.v1.KeepAliveResponse.requests:type_name -> distlock.v1.KeepAliveResponse.Request
+	2,  // 35: distlock.v1.Loss.cause:type_name -> distlock.v1.EndCause
+	0,  // 36: distlock.v1.GetLeaseRequest.consistency:type_name -> distlock.v1.Consistency
+	37, // 37: distlock.v1.GetLeaseResponse.lease:type_name -> distlock.v1.Lease
+	0,  // 38: distlock.v1.ListLeasesRequest.consistency:type_name -> distlock.v1.Consistency
+	37, // 39: distlock.v1.ListLeasesResponse.leases:type_name -> distlock.v1.Lease
+	62, // 40: distlock.v1.Lease.ttl:type_name -> google.protobuf.Duration
+	62, // 41: distlock.v1.Lease.remaining:type_name -> google.protobuf.Duration
+	61, // 42: distlock.v1.Lease.metadata:type_name -> distlock.v1.Lease.MetadataEntry
+	63, // 43: distlock.v1.Lease.granted_at:type_name -> google.protobuf.Timestamp
+	6,  // 44: distlock.v1.Lease.holds:type_name -> distlock.v1.Grant
+	2,  // 45: distlock.v1.Problem.cause:type_name -> distlock.v1.EndCause
+	63, // 46: distlock.v1.Problem.ended_at:type_name -> google.protobuf.Timestamp
+	39, // 47: distlock.v1.Problem.obstacles:type_name -> distlock.v1.Obstacle
+	40, // 48: distlock.v1.Problem.circle:type_name -> distlock.v1.Link
+	17, // 49: distlock.v1.Obstacle.holders:type_name -> distlock.v1.Holder
+	18, // 50: distlock.v1.Obstacle.ahead:type_name -> distlock.v1.Waiter
+	62, // 51: distlock.v1.Obstacle.delay_remaining:type_name -> google.protobuf.Duration
+	44, // 52: distlock.v1.StatusResponse.members:type_name -> distlock.v1.Member
+	63, // 53: distlock.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	43, // 54: distlock.v1.StatusResponse.restored:type_name -> distlock.v1.Restored
+	63, // 55: distlock.v1.Restored.at:type_name -> google.protobuf.Timestamp
+	63, // 56: distlock.v1.Restored.backup_at:type_name -> google.protobuf.Timestamp
+	62, // 57: distlock.v1.KeepAliveResponse.Result.ttl:type_name -> google.protobuf.Duration
+	38, // 58: distlock.v1.KeepAliveResponse.Result.problem:type_name -> distlock.v1.Problem
+	30, // 59: distlock.v1.KeepAliveResponse.Result.lost:type_name -> distlock.v1.Loss
+	62, // 60: distlock.v1.KeepAliveResponse.Request.ttl:type_name -> google.protobuf.Duration
+	38, // 61: distlock.v1.KeepAliveResponse.Request.problem:type_name -> distlock.v1.Problem
+	4,  // 62: distlock.v1.LockService.Acquire:input_type -> distlock.v1.AcquireRequest
+	8,  // 63: distlock.v1.LockService.Release:input_type -> distlock.v1.ReleaseRequest
+	10, // 64: distlock.v1.LockService.Abandon:input_type -> distlock.v1.AbandonRequest
+	12, // 65: distlock.v1.LockService.Get:input_type -> distlock.v1.GetRequest
+	14, // 66: distlock.v1.LockService.List:input_type -> distlock.v1.ListRequest
+	19, // 67: distlock.v1.LockService.CheckToken:input_type -> distlock.v1.CheckTokenRequest
+	21, // 68: distlock.v1.LockService.ForceRelease:input_type -> distlock.v1.ForceReleaseRequest
+	23, // 69: distlock.v1.LockService.Watch:input_type -> distlock.v1.WatchRequest
+	26, // 70: distlock.v1.LeaseService.Grant:input_type -> distlock.v1.GrantRequest
+	28, // 71: distlock.v1.LeaseService.KeepAlive:input_type -> distlock.v1.KeepAliveRequest
+	31, // 72: distlock.v1.LeaseService.Revoke:input_type -> distlock.v1.RevokeRequest
+	33, // 73: distlock.v1.LeaseService.Get:input_type -> distlock.v1.GetLeaseRequest
+	35, // 74: distlock.v1.LeaseService.List:input_type -> distlock.v1.ListLeasesRequest
+	41, // 75: distlock.v1.ClusterService.Status:input_type -> distlock.v1.StatusRequest
+	45, // 76: distlock.v1.ClusterService.AddMember:input_type -> distlock.v1.AddMemberRequest
+	47, // 77: distlock.v1.ClusterService.PromoteMember:input_type -> distlock.v1.PromoteMemberRequest
+	49, // 78: distlock.v1.ClusterService.RemoveMember:input_type -> distlock.v1.RemoveMemberRequest
+	51, // 79: distlock.v1.ClusterService.TransferLeadership:input_type -> distlock.v1.TransferLeadershipRequest
+	53, // 80: distlock.v1.ClusterService.Backup:input_type -> distlock.v1.BackupRequest
+	5,  // 81: distlock.v1.LockService.Acquire:output_type -> distlock.v1.AcquireResponse
+	9,  // 82: distlock.v1.LockService.Release:output_type -> distlock.v1.ReleaseResponse
+	11, // 83: distlock.v1.LockService.Abandon:output_type -> distlock.v1.AbandonResponse
+	13, // 84: distlock.v1.LockService.Get:output_type -> distlock.v1.GetResponse
+	15, // 85: distlock.v1.LockService.List:output_type -> distlock.v1.ListResponse
+	20, // 86: distlock.v1.LockService.CheckToken:output_type -> distlock.v1.CheckTokenResponse
+	22, // 87: distlock.v1.LockService.ForceRelease:output_type -> distlock.v1.ForceReleaseResponse
+	24, // 88: distlock.v1.LockService.Watch:output_type -> distlock.v1.WatchResponse
+	27, // 89: distlock.v1.LeaseService.Grant:output_type -> distlock.v1.GrantResponse
+	29, // 90: distlock.v1.LeaseService.KeepAlive:output_type -> distlock.v1.KeepAliveResponse
+	32, // 91: distlock.v1.LeaseService.Revoke:output_type -> distlock.v1.RevokeResponse
+	34, // 92: distlock.v1.LeaseService.Get:output_type -> distlock.v1.GetLeaseResponse
+	36, // 93: distlock.v1.LeaseService.List:output_type -> distlock.v1.ListLeasesResponse
+	42, // 94: distlock.v1.ClusterService.Status:output_type -> distlock.v1.StatusResponse
+	46, // 95: distlock.v1.ClusterService.AddMember:output_type -> distlock.v1.AddMemberResponse
+	48, // 96: distlock.v1.ClusterService.PromoteMember:output_type -> distlock.v1.PromoteMemberResponse
+	50, // 97: distlock.v1.ClusterService.RemoveMember:output_type -> distlock.v1.RemoveMemberResponse
+	52, // 98: distlock.v1.ClusterService.TransferLeadership:output_type -> distlock.v1.TransferLeadershipResponse
+	54, // 99: distlock.v1.ClusterService.Backup:output_type -> distlock.v1.BackupResponse
+	81, // [81:100] is the sub-list for method output_type
+	62, // [62:81] is the sub-list for method input_type
+	62, // [62:62] is the sub-list for extension type_name
+	62, // [62:62] is the sub-list for extension extendee
+	0,  // [0:62] is the sub-list for field type_name
 }
 
 func init() { file_distlock_v1_distlock_proto_init() }
@@ -4122,7 +4409,7 @@ func file_distlock_v1_distlock_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_distlock_v1_distlock_proto_rawDesc), len(file_distlock_v1_distlock_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   56,
+			NumMessages:   58,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

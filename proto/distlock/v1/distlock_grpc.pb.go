@@ -43,14 +43,17 @@ const (
 // LockService takes, gives back and inspects locks.
 type LockServiceClient interface {
 	// Acquire takes one or several locks, all at once or none. It answers when
-	// they are granted, or refuses at once or when `wait` has passed. A
-	// cancelled call abandons the wait; a call cut by a lost connection or a
-	// restart may be repeated with the same request_id and finds its place.
+	// they are granted, or refuses at once or when `wait` has passed. A call that
+	// ends without an answer, however it ended, may be repeated with the same
+	// request_id and a higher attempt, and finds its place or its grant: whoever
+	// gives up sends Abandon. Only a request without an id, or without an
+	// attempt, is undone when its call is cancelled.
 	Acquire(ctx context.Context, in *AcquireRequest, opts ...grpc.CallOption) (*AcquireResponse, error)
 	// Release gives a hold back. Under a live lease it may be repeated.
 	Release(ctx context.Context, in *ReleaseRequest, opts ...grpc.CallOption) (*ReleaseResponse, error)
-	// Abandon ends a request whatever became of it: a waiter leaves its queues,
-	// a grant is undone. It always succeeds.
+	// Abandon ends requests whatever became of them: a waiter leaves its queues,
+	// a grant is undone without lock-delay, and an Acquire that comes later with
+	// the id is refused. It may be repeated, and succeeds again.
 	Abandon(ctx context.Context, in *AbandonRequest, opts ...grpc.CallOption) (*AbandonResponse, error)
 	// Get shows one lock with its holders and waiters.
 	Get(ctx context.Context, in *GetRequest, opts ...grpc.CallOption) (*GetResponse, error)
@@ -169,14 +172,17 @@ type LockService_WatchClient = grpc.ServerStreamingClient[WatchResponse]
 // LockService takes, gives back and inspects locks.
 type LockServiceServer interface {
 	// Acquire takes one or several locks, all at once or none. It answers when
-	// they are granted, or refuses at once or when `wait` has passed. A
-	// cancelled call abandons the wait; a call cut by a lost connection or a
-	// restart may be repeated with the same request_id and finds its place.
+	// they are granted, or refuses at once or when `wait` has passed. A call that
+	// ends without an answer, however it ended, may be repeated with the same
+	// request_id and a higher attempt, and finds its place or its grant: whoever
+	// gives up sends Abandon. Only a request without an id, or without an
+	// attempt, is undone when its call is cancelled.
 	Acquire(context.Context, *AcquireRequest) (*AcquireResponse, error)
 	// Release gives a hold back. Under a live lease it may be repeated.
 	Release(context.Context, *ReleaseRequest) (*ReleaseResponse, error)
-	// Abandon ends a request whatever became of it: a waiter leaves its queues,
-	// a grant is undone. It always succeeds.
+	// Abandon ends requests whatever became of them: a waiter leaves its queues,
+	// a grant is undone without lock-delay, and an Acquire that comes later with
+	// the id is refused. It may be repeated, and succeeds again.
 	Abandon(context.Context, *AbandonRequest) (*AbandonResponse, error)
 	// Get shows one lock with its holders and waiters.
 	Get(context.Context, *GetRequest) (*GetResponse, error)

@@ -70,7 +70,7 @@ func (x *MultiplexRequest) GetOperations() []*Operation {
 type Operation struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Chosen by the client, above 0, and used for no other operation of the
-	// stream that has not been answered.
+	// stream that has not been answered: to use one twice ends the stream.
 	Id uint64 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
 	// Types that are valid to be assigned to Call:
 	//
@@ -271,9 +271,10 @@ func (*Operation_Revoke) isOperation_Call() {}
 
 func (*Operation_Cancel) isOperation_Call() {}
 
-// CancelRequest cancels an Acquire of the same stream as if its call had been
-// cancelled: the wait is abandoned, and a grant that is not yet answered is
-// undone. It is not answered itself; the operation that it names is.
+// CancelRequest ends an Acquire of the same stream as if its call had been
+// cancelled: with an attempt it is answered and keeps its place, which Abandon
+// ends; without one the wait is abandoned, and a grant that is not yet answered
+// is undone. It is not answered itself; the operation that it names is.
 type CancelRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Id of the operation.
@@ -658,77 +659,6 @@ func (x *Failure) GetProblem() *Problem {
 	return nil
 }
 
-// Loss tells that a lease ended otherwise than by a release, or a hold under
-// it while it lives on.
-type Loss struct {
-	state   protoimpl.MessageState `protogen:"open.v1"`
-	LeaseId uint64                 `protobuf:"varint,1,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
-	// Of the hold; 0 when it is the lease that ended.
-	Token         uint64   `protobuf:"varint,2,opt,name=token,proto3" json:"token,omitempty"`
-	Cause         EndCause `protobuf:"varint,3,opt,name=cause,proto3,enum=distlock.v1.EndCause" json:"cause,omitempty"`
-	By            string   `protobuf:"bytes,4,opt,name=by,proto3" json:"by,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Loss) Reset() {
-	*x = Loss{}
-	mi := &file_distlock_v1_stream_proto_msgTypes[6]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Loss) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Loss) ProtoMessage() {}
-
-func (x *Loss) ProtoReflect() protoreflect.Message {
-	mi := &file_distlock_v1_stream_proto_msgTypes[6]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Loss.ProtoReflect.Descriptor instead.
-func (*Loss) Descriptor() ([]byte, []int) {
-	return file_distlock_v1_stream_proto_rawDescGZIP(), []int{6}
-}
-
-func (x *Loss) GetLeaseId() uint64 {
-	if x != nil {
-		return x.LeaseId
-	}
-	return 0
-}
-
-func (x *Loss) GetToken() uint64 {
-	if x != nil {
-		return x.Token
-	}
-	return 0
-}
-
-func (x *Loss) GetCause() EndCause {
-	if x != nil {
-		return x.Cause
-	}
-	return EndCause_END_CAUSE_UNSPECIFIED
-}
-
-func (x *Loss) GetBy() string {
-	if x != nil {
-		return x.By
-	}
-	return ""
-}
-
 var File_distlock_v1_stream_proto protoreflect.FileDescriptor
 
 const file_distlock_v1_stream_proto_rawDesc = "" +
@@ -781,12 +711,7 @@ const file_distlock_v1_stream_proto_rawDesc = "" +
 	"\aproblem\x18\x05 \x01(\v2\x14.distlock.v1.ProblemR\aproblem\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"t\n" +
-	"\x04Loss\x12\x19\n" +
-	"\blease_id\x18\x01 \x01(\x04R\aleaseId\x12\x14\n" +
-	"\x05token\x18\x02 \x01(\x04R\x05token\x12+\n" +
-	"\x05cause\x18\x03 \x01(\x0e2\x15.distlock.v1.EndCauseR\x05cause\x12\x0e\n" +
-	"\x02by\x18\x04 \x01(\tR\x02by2_\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x012_\n" +
 	"\rStreamService\x12N\n" +
 	"\tMultiplex\x12\x1d.distlock.v1.MultiplexRequest\x1a\x1e.distlock.v1.MultiplexResponse(\x010\x01B;Z9github.com/distlock/distlock/proto/distlock/v1;distlockv1b\x06proto3"
 
@@ -802,7 +727,7 @@ func file_distlock_v1_stream_proto_rawDescGZIP() []byte {
 	return file_distlock_v1_stream_proto_rawDescData
 }
 
-var file_distlock_v1_stream_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_distlock_v1_stream_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_distlock_v1_stream_proto_goTypes = []any{
 	(*MultiplexRequest)(nil),     // 0: distlock.v1.MultiplexRequest
 	(*Operation)(nil),            // 1: distlock.v1.Operation
@@ -810,16 +735,16 @@ var file_distlock_v1_stream_proto_goTypes = []any{
 	(*MultiplexResponse)(nil),    // 3: distlock.v1.MultiplexResponse
 	(*Answer)(nil),               // 4: distlock.v1.Answer
 	(*Failure)(nil),              // 5: distlock.v1.Failure
-	(*Loss)(nil),                 // 6: distlock.v1.Loss
-	nil,                          // 7: distlock.v1.Failure.MetadataEntry
-	(*AcquireRequest)(nil),       // 8: distlock.v1.AcquireRequest
-	(*ReleaseRequest)(nil),       // 9: distlock.v1.ReleaseRequest
-	(*AbandonRequest)(nil),       // 10: distlock.v1.AbandonRequest
-	(*CheckTokenRequest)(nil),    // 11: distlock.v1.CheckTokenRequest
-	(*ForceReleaseRequest)(nil),  // 12: distlock.v1.ForceReleaseRequest
-	(*GrantRequest)(nil),         // 13: distlock.v1.GrantRequest
-	(*KeepAliveRequest)(nil),     // 14: distlock.v1.KeepAliveRequest
-	(*RevokeRequest)(nil),        // 15: distlock.v1.RevokeRequest
+	nil,                          // 6: distlock.v1.Failure.MetadataEntry
+	(*AcquireRequest)(nil),       // 7: distlock.v1.AcquireRequest
+	(*ReleaseRequest)(nil),       // 8: distlock.v1.ReleaseRequest
+	(*AbandonRequest)(nil),       // 9: distlock.v1.AbandonRequest
+	(*CheckTokenRequest)(nil),    // 10: distlock.v1.CheckTokenRequest
+	(*ForceReleaseRequest)(nil),  // 11: distlock.v1.ForceReleaseRequest
+	(*GrantRequest)(nil),         // 12: distlock.v1.GrantRequest
+	(*KeepAliveRequest)(nil),     // 13: distlock.v1.KeepAliveRequest
+	(*RevokeRequest)(nil),        // 14: distlock.v1.RevokeRequest
+	(*Loss)(nil),                 // 15: distlock.v1.Loss
 	(*AcquireResponse)(nil),      // 16: distlock.v1.AcquireResponse
 	(*ReleaseResponse)(nil),      // 17: distlock.v1.ReleaseResponse
 	(*AbandonResponse)(nil),      // 18: distlock.v1.AbandonResponse
@@ -829,21 +754,20 @@ var file_distlock_v1_stream_proto_goTypes = []any{
 	(*KeepAliveResponse)(nil),    // 22: distlock.v1.KeepAliveResponse
 	(*RevokeResponse)(nil),       // 23: distlock.v1.RevokeResponse
 	(*Problem)(nil),              // 24: distlock.v1.Problem
-	(EndCause)(0),                // 25: distlock.v1.EndCause
 }
 var file_distlock_v1_stream_proto_depIdxs = []int32{
 	1,  // 0: distlock.v1.MultiplexRequest.operations:type_name -> distlock.v1.Operation
-	8,  // 1: distlock.v1.Operation.acquire:type_name -> distlock.v1.AcquireRequest
-	9,  // 2: distlock.v1.Operation.release:type_name -> distlock.v1.ReleaseRequest
-	10, // 3: distlock.v1.Operation.abandon:type_name -> distlock.v1.AbandonRequest
-	11, // 4: distlock.v1.Operation.check_token:type_name -> distlock.v1.CheckTokenRequest
-	12, // 5: distlock.v1.Operation.force_release:type_name -> distlock.v1.ForceReleaseRequest
-	13, // 6: distlock.v1.Operation.grant:type_name -> distlock.v1.GrantRequest
-	14, // 7: distlock.v1.Operation.keep_alive:type_name -> distlock.v1.KeepAliveRequest
-	15, // 8: distlock.v1.Operation.revoke:type_name -> distlock.v1.RevokeRequest
+	7,  // 1: distlock.v1.Operation.acquire:type_name -> distlock.v1.AcquireRequest
+	8,  // 2: distlock.v1.Operation.release:type_name -> distlock.v1.ReleaseRequest
+	9,  // 3: distlock.v1.Operation.abandon:type_name -> distlock.v1.AbandonRequest
+	10, // 4: distlock.v1.Operation.check_token:type_name -> distlock.v1.CheckTokenRequest
+	11, // 5: distlock.v1.Operation.force_release:type_name -> distlock.v1.ForceReleaseRequest
+	12, // 6: distlock.v1.Operation.grant:type_name -> distlock.v1.GrantRequest
+	13, // 7: distlock.v1.Operation.keep_alive:type_name -> distlock.v1.KeepAliveRequest
+	14, // 8: distlock.v1.Operation.revoke:type_name -> distlock.v1.RevokeRequest
 	2,  // 9: distlock.v1.Operation.cancel:type_name -> distlock.v1.CancelRequest
 	4,  // 10: distlock.v1.MultiplexResponse.answers:type_name -> distlock.v1.Answer
-	6,  // 11: distlock.v1.MultiplexResponse.losses:type_name -> distlock.v1.Loss
+	15, // 11: distlock.v1.MultiplexResponse.losses:type_name -> distlock.v1.Loss
 	5,  // 12: distlock.v1.Answer.failure:type_name -> distlock.v1.Failure
 	16, // 13: distlock.v1.Answer.acquire:type_name -> distlock.v1.AcquireResponse
 	17, // 14: distlock.v1.Answer.release:type_name -> distlock.v1.ReleaseResponse
@@ -853,16 +777,15 @@ var file_distlock_v1_stream_proto_depIdxs = []int32{
 	21, // 18: distlock.v1.Answer.grant:type_name -> distlock.v1.GrantResponse
 	22, // 19: distlock.v1.Answer.keep_alive:type_name -> distlock.v1.KeepAliveResponse
 	23, // 20: distlock.v1.Answer.revoke:type_name -> distlock.v1.RevokeResponse
-	7,  // 21: distlock.v1.Failure.metadata:type_name -> distlock.v1.Failure.MetadataEntry
+	6,  // 21: distlock.v1.Failure.metadata:type_name -> distlock.v1.Failure.MetadataEntry
 	24, // 22: distlock.v1.Failure.problem:type_name -> distlock.v1.Problem
-	25, // 23: distlock.v1.Loss.cause:type_name -> distlock.v1.EndCause
-	0,  // 24: distlock.v1.StreamService.Multiplex:input_type -> distlock.v1.MultiplexRequest
-	3,  // 25: distlock.v1.StreamService.Multiplex:output_type -> distlock.v1.MultiplexResponse
-	25, // [25:26] is the sub-list for method output_type
-	24, // [24:25] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	0,  // 23: distlock.v1.StreamService.Multiplex:input_type -> distlock.v1.MultiplexRequest
+	3,  // 24: distlock.v1.StreamService.Multiplex:output_type -> distlock.v1.MultiplexResponse
+	24, // [24:25] is the sub-list for method output_type
+	23, // [23:24] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_distlock_v1_stream_proto_init() }
@@ -899,7 +822,7 @@ func file_distlock_v1_stream_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_distlock_v1_stream_proto_rawDesc), len(file_distlock_v1_stream_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   8,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -34,10 +34,10 @@ type StreamServiceClient interface {
 	// Multiplex carries many operations in both directions. An operation is
 	// answered when it is done, in any order; one that waits holds up no other.
 	//
-	// When the stream ends because its connection was lost, waits keep their
-	// places for a repeat with the same request_id, as a lost Acquire does. When
-	// the client ends it in another way, waits are abandoned, as by a cancelled
-	// call. Closing only the sending side lets everything under way finish.
+	// When the stream ends, however it ends, waits with a request_id and an
+	// attempt keep their places for a repeat, as those of a lost Acquire do. Waits
+	// without an attempt are abandoned, unless the connection was lost. Closing
+	// only the sending side lets everything under way finish.
 	//
 	// The server stops reading while it has too much under way that has not been
 	// answered or whose answers have not been taken; parked waits do not count.
@@ -77,10 +77,10 @@ type StreamServiceServer interface {
 	// Multiplex carries many operations in both directions. An operation is
 	// answered when it is done, in any order; one that waits holds up no other.
 	//
-	// When the stream ends because its connection was lost, waits keep their
-	// places for a repeat with the same request_id, as a lost Acquire does. When
-	// the client ends it in another way, waits are abandoned, as by a cancelled
-	// call. Closing only the sending side lets everything under way finish.
+	// When the stream ends, however it ends, waits with a request_id and an
+	// attempt keep their places for a repeat, as those of a lost Acquire do. Waits
+	// without an attempt are abandoned, unless the connection was lost. Closing
+	// only the sending side lets everything under way finish.
 	//
 	// The server stops reading while it has too much under way that has not been
 	// answered or whose answers have not been taken; parked waits do not count.
