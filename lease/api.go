@@ -37,9 +37,16 @@ type AcquireRequest struct {
 	Lease      ID        // 0: make a lease of its own from TTL and Owner
 	Request    RequestID // 0: the manager makes an anonymous one
 	LowestOpen RequestID
-	Names      []string // any order; sorted by the manager; no duplicates
-	Mode       Mode
-	Limit      uint32
+	// Attempt numbers the calls for one Request from 1. Of two that wait the
+	// lower is answered ErrSuperseded, and the end of a call undoes nothing.
+	// 0: the caller does not count, and its cancelled call is undone.
+	Attempt uint32
+	// Call names this call of a request that does not count attempts, for an
+	// AbandonRequest of the same Call; 0: the manager makes one.
+	Call  uint64
+	Names []string // any order; sorted by the manager; no duplicates
+	Mode  Mode
+	Limit uint32
 	// Wait bounds the time in the queue: 0 is not at all, WaitForever no bound.
 	Wait      time.Duration
 	LockDelay time.Duration
@@ -62,13 +69,92 @@ type ReleaseRequest struct {
 	Lease ID     // 0: whichever lease holds the token
 	Name  string // optional with Lease; must be one of the hold's locks
 	Token fence.Token
+	// Request is that of the grant, optional and only with Lease: a repeat is
+	// then answered right however much has ended since.
+	Request RequestID
 }
 
-// KeepAlive is the answer to one renewal.
+// AbandonRequest ends requests whatever became of them. It always succeeds.
+type AbandonRequest struct {
+	Lease    ID // 0 for requests with leases of their own
+	Requests []RequestID
+	// EndLease also ends the lease, cleanly: no lock-delay.
+	EndLease bool
+	// Call, with one request, abandons it only if that call of it is the newest.
+	Call uint64
+}
+
+// ForceReleaseRequest breaks the hold with Token on a lock, or every hold when
+// Token is 0.
+type ForceReleaseRequest struct {
+	Name  string
+	Token fence.Token
+	By    string
+}
+
+// RevokeLeaseRequest ends a lease; its holds are lost.
+type RevokeLeaseRequest struct {
+	Lease ID
+	By    string
+}
+
+// KeepAliveRequest renews leases, and those made with acquisitions that have
+// not been answered: each lives for its TTL from now.
+type KeepAliveRequest struct {
+	Leases   []ID
+	Requests []RequestID
+}
+
+// KeptAlive answers a KeepAliveRequest, in the order asked.
+type KeptAlive struct {
+	Leases   []KeepAlive
+	Requests []KeepWaiting
+}
+
+// KeepAlive is the answer to the renewal of one lease.
 type KeepAlive struct {
 	Lease ID
 	TTL   time.Duration // counted from the receipt of the renewal
-	Err   error         // *Refusal when the lease is gone
+	Err   error         // *Refusal when the lease is gone; ErrOutcomeUnknown: ask again
+	// Lost are the latest of the holds that ended otherwise than by the word of
+	// who has the live lease, at most 64; LostCount counts all.
+	Lost      []machine.Lost
+	LostCount uint64
+}
+
+// KeepWaiting is the answer to the renewal of an acquisition's own lease.
+type KeepWaiting struct {
+	Request  RequestID
+	Lease    ID // 0 when the request is not known
+	TTL      time.Duration
+	Waiting  bool  // it has a place in its queues; otherwise it was granted
+	Attached bool  // a call waits for the grant
+	Err      error // *Refusal: REQUEST_ENDED, REQUEST_NOT_FOUND
+}
+
+// CheckTokenRequest asks whether a token is of a live hold on a lock.
+type CheckTokenRequest struct {
+	Name  string
+	Token fence.Token
+}
+
+// LockRequest asks for one lock. One that nobody holds, waits for or declared
+// is an answer too.
+type LockRequest struct{ Name string }
+
+// LeaseRequest asks for one lease.
+type LeaseRequest struct{ Lease ID }
+
+// DeclareRequest makes a lock exist without a holder.
+type DeclareRequest struct{ Name string }
+
+// UndeclareRequest forgets a declared lock; its holds are lost.
+type UndeclareRequest struct{ Name string }
+
+// ReleaseClockRequest releases a declared lock by its clock.
+type ReleaseClockRequest struct {
+	Name  string
+	Clock uint64
 }
 
 // LeaseInfo is a lease with what only the leader's clock knows.

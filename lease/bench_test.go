@@ -100,13 +100,13 @@ func BenchmarkLead(b *testing.B) {
 	var before, after runtime.MemStats
 	runtime.GC()
 	runtime.ReadMemStats(&before)
-	term := uint64(0)
+	l, term := newLoop(m), uint64(0)
 	for b.Loop() {
 		term++
-		m.lead(Leadership{Leader: true, Term: term})
+		l.lead(Leadership{Leader: true, Term: term})
 	}
 	runtime.GC()
 	runtime.ReadMemStats(&after)
 	b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/n, "B/lease")
-	runtime.KeepAlive(m)
+	runtime.KeepAlive(l)
 }

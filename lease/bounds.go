@@ -118,3 +118,23 @@ func sortedMetadata(list []machine.Meta) []machine.Meta {
 }
 
 func quoted(s string) string { return strconv.Quote(s) }
+
+func (b Bounds) withDefaults() Bounds {
+	d := DefaultBounds()
+	for _, f := range []struct{ field, value *time.Duration }{
+		{&b.MinTTL, &d.MinTTL}, {&b.MaxTTL, &d.MaxTTL}, {&b.MaxLockDelay, &d.MaxLockDelay},
+	} {
+		if *f.field == 0 {
+			*f.field = *f.value
+		}
+	}
+	for _, f := range []struct{ field, value *int }{
+		{&b.MaxNamesPerCall, &d.MaxNamesPerCall}, {&b.MaxLeases, &d.MaxLeases},
+		{&b.MaxLocks, &d.MaxLocks}, {&b.MaxWaiters, &d.MaxWaiters},
+	} {
+		if *f.field == 0 {
+			*f.field = *f.value
+		}
+	}
+	return b
+}

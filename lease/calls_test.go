@@ -123,7 +123,7 @@ func TestARepeatTakesThePlaceOfTheCallItRepeats(t *testing.T) {
 		}
 		ctx, cancel := context.WithCancel(context.Background())
 		first := background(func() (Grant, error) {
-			return r.Acquire(ctx, AcquireRequest{Request: 1, Names: []string{"a"}, TTL: time.Minute, Wait: time.Second})
+			return r.Acquire(ctx, AcquireRequest{Request: 1, Names: []string{"a"}, TTL: time.Minute, Wait: time.Second, Owner: "o"})
 		})
 		second := background(func() (Grant, error) { return r.own("a", time.Minute, WaitForever, 1) })
 		if a := <-first; !errors.Is(a.err, ErrSuperseded) {
@@ -141,7 +141,7 @@ func TestARepeatTakesThePlaceOfTheCallItRepeats(t *testing.T) {
 			t.Fatal(a.err)
 		}
 		// A caller that was replaced and learns it late does not undo the grant.
-		r.put(&leave{call: &call{key: waiter{0, 1}, answered: true}})
+		r.inbox.put(&leave{call: &call{key: waiter{0, 1}, answered: true}})
 		synctest.Wait()
 		if n := r.Status().Holds; n != 1 {
 			t.Fatalf("%d holds", n)
@@ -173,18 +173,18 @@ func TestACancelMeetsTheGrantAnywhere(t *testing.T) {
 						<-holder
 					}
 					call := background(func() (Grant, error) {
-						return r.Acquire(ctx, AcquireRequest{Request: 1, Names: []string{"a"}, TTL: time.Minute, Wait: WaitForever})
+						return r.Acquire(ctx, AcquireRequest{Request: 1, Names: []string{"a"}, TTL: time.Minute, Wait: WaitForever, Owner: "o"})
 					})
 					if step == "parked" || step == "granted but not heard" {
 						l.commit()
 						synctest.Wait()
 					}
 					if step == "granted but not heard" {
-						r.put(onLoop(func() { // on the loop, so that nothing comes between
+						r.inbox.put(onLoop(func() { // on the loop, so that nothing comes between
 							cancel(cause)
-							c := r.parked[waiter{0, 1}]
-							r.unpark(c)
-							c.answer(r.Manager, machine.Result{Grant: &machine.Grant{}}, nil)
+							c := r.loop.waiting.parked[waiter{0, 1}]
+							r.loop.unpark(c)
+							c.answer(r.loop, machine.Result{Grant: &machine.Grant{}}, nil)
 						}))
 					} else {
 						cancel(cause)
@@ -233,7 +233,7 @@ func TestACancelMeetsTheGrantAnywhere(t *testing.T) {
 // onLoop is a function that runs on the loop.
 type onLoop func()
 
-func (fn onLoop) take(*Manager) { fn() }
+func (fn onLoop) take(*loop) { fn() }
 
 // gone is the context of a caller that has left, though nothing says so before
 // the answer is there.
@@ -345,8 +345,8 @@ func TestBoundsAreExact(t *testing.T) {
 		if err := r.Declare(ctx, "new2"); exhausted(err) != "locks" {
 			t.Fatal(err)
 		}
-		if r.reserved != (room{}) {
-			t.Errorf("still reserved: %+v", r.reserved)
+		if r.loop.reserved != (room{}) {
+			t.Errorf("still reserved: %+v", r.loop.reserved)
 		}
 	})
 }

@@ -140,8 +140,18 @@ func chaos(t *testing.T, seed uint64) {
 	r.cancel()
 	<-r.ended
 	l.group.Wait()
-	if n := len(r.parked) + len(r.waits) + len(r.leases) + len(r.delays) + len(r.due); n != 0 || r.reserved != (room{}) {
-		t.Errorf("the loop keeps %d parked, %d waits, %d leases, %d delays, %d due, and %+v reserved", len(r.parked), len(r.waits), len(r.leases), len(r.delays), len(r.due), r.reserved)
+	at := r.loop
+	kept := map[string]int{
+		"parked": len(at.waiting.parked), "bounds": len(at.waiting.bounded), "ending": len(at.waiting.ending), "newest": len(at.waiting.newest),
+		"leases": len(at.leases), "lossy": len(at.lossy), "delays": len(at.delayed) + len(r.delays.at), "due": len(at.due),
+	}
+	for what, n := range kept {
+		if n != 0 {
+			t.Errorf("the loop keeps %d %s", n, what)
+		}
+	}
+	if at.reserved != (room{}) {
+		t.Errorf("%+v reserved", at.reserved)
 	}
 }
 

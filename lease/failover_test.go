@@ -312,7 +312,7 @@ func TestAWaiterThatComesBackWhileItsLeaseFallsDueIsKept(t *testing.T) {
 		}
 		lost, lose := context.WithCancelCause(ctx)
 		first := background(func() (Grant, error) {
-			return r.Acquire(lost, AcquireRequest{Request: 5, Names: []string{"a"}, TTL: time.Second, Wait: WaitForever})
+			return r.Acquire(lost, AcquireRequest{Request: 5, Names: []string{"a"}, TTL: time.Second, Wait: WaitForever, Owner: "o"})
 		})
 		lose(ErrDetached)
 		if a := <-first; !errors.Is(a.err, ErrDetached) {

@@ -21,6 +21,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // the bubble's, so time passes only when everybody waits.
 type rig struct {
 	*Manager
+	loop   *loop // the tests look at it when it stands still
 	t      *testing.T
 	store  *Store
 	cancel context.CancelFunc
@@ -50,8 +51,8 @@ func startWith(t *testing.T, cfg Config) *rig {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	r := &rig{Manager: m, t: t, store: cfg.Store, cancel: cancel, ended: make(chan error, 1), log: cfg.Log}
-	go func() { r.ended <- m.Run(ctx) }()
+	r := &rig{Manager: m, loop: newLoop(m), t: t, store: cfg.Store, cancel: cancel, ended: make(chan error, 1), log: cfg.Log}
+	go func() { r.ended <- r.loop.run(ctx) }()
 	<-m.Ready()
 	return r
 }
@@ -395,7 +396,7 @@ func TestAGrantLeavesNoTimerOfItsWait(t *testing.T) {
 			granted <- err
 		}()
 		timers := func() (n int) {
-			if err := r.linearize(t.Context(), func(m *Manager) { n = len(m.waits) }); err != nil {
+			if err := r.look(t.Context(), func(l *loop) { n = len(l.waiting.bounded) }); err != nil {
 				t.Fatal(err)
 			}
 			return n

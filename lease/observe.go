@@ -21,7 +21,3 @@ type unobserved struct{}
 func (unobserved) Granted(time.Duration)        {}
 func (unobserved) Expired(time.Duration)        {}
 func (unobserved) Committed(int, time.Duration) {}
-
-// Pending counts the commands that wait for the next batch, as of the loop's
-// last turn.
-func (m *Manager) Pending() int { return int(m.waiting.Load()) }

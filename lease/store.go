@@ -6,6 +6,7 @@ import (
 	"sort"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/distlock/distlock/lease/machine"
 )
@@ -18,8 +19,9 @@ const ringSize = 1 << 14
 type Store struct {
 	mu      sync.RWMutex
 	machine *machine.Machine
-	recent  [][]Event // of the last batches, in order: the ring, and what is left of its first batch
-	oldest  uint64    // lowest revision in the ring; above the machine's: none
+	level   atomic.Uint32 // the machine's
+	recent  [][]Event     // of the last batches, in order: the ring, and what is left of its first batch
+	oldest  uint64        // lowest revision in the ring; above the machine's: none
 	changed chan struct{}
 }
 
@@ -27,7 +29,9 @@ type Store struct {
 // where a log remembers them, a number that rises from one start to the next
 // (microseconds since 1970) where nothing does.
 func NewStore(base uint64) *Store {
-	return &Store{machine: machine.New(base), oldest: 1, changed: make(chan struct{})}
+	s := &Store{machine: machine.New(base), oldest: 1, changed: make(chan struct{})}
+	s.level.Store(uint32(s.machine.Level()))
+	return s
 }
 
 // Apply executes a committed batch. Only the log's apply goroutine calls it.
@@ -55,6 +59,18 @@ func (s *Store) Apply(b machine.Batch) machine.Outcome {
 	return out
 }
 
+// Level is the machine's. It costs next to nothing.
+func (s *Store) Level() machine.Level { return machine.Level(s.level.Load()) }
+
+// Raise brings the machine to a level. The log calls it, never while it
+// applies.
+func (s *Store) Raise(level machine.Level) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.machine.Raise(level)
+	s.level.Store(uint32(s.machine.Level()))
+}
+
 // View returns a copy to read at leisure. It costs the same whatever the size.
 func (s *Store) View() *machine.View {
 	s.mu.Lock()
@@ -76,6 +92,7 @@ func (s *Store) Restore(m *machine.Machine) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.machine = m
+	s.level.Store(uint32(m.Level()))
 	s.recent, s.oldest = nil, m.Revision()+1
 	close(s.changed)
 	s.changed = make(chan struct{})

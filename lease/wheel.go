@@ -61,12 +61,15 @@ func (t *timer) armed() bool { return t != nil && t.next != nil }
 type wheel struct {
 	now   uint64                     // ticks that have been advanced over
 	slots [levels][slots]timer       // heads of circular lists
+	due   timer                      // head of the list cut out of a slot, until all of it has been looked at
+	lower int                        // levels below whose slots begin at now too, and are to be cut out
 	count [levels]int                // timers per level
 	used  [levels][slots / 64]uint64 // which slots may have timers
 }
 
 func newWheel() *wheel {
 	w := &wheel{}
+	w.due.next, w.due.prev = &w.due, &w.due
 	for l := range w.slots {
 		for s := range w.slots[l] {
 			head := &w.slots[l][s]
@@ -111,58 +114,57 @@ func (w *wheel) disarm(t *timer) {
 	w.count[t.level]--
 }
 
-// advance moves the wheel to now and calls fire for every timer that is due;
-// one whose deadline was moved meanwhile is armed anew. fire may arm timers,
-// but not disarm any: those of the slot that is being emptied hang loose.
-func (w *wheel) advance(now time.Duration, fire func(*timer)) {
+// advance moves the wheel to now and calls fire for timers that are due, in a
+// slot in no order; one whose deadline is not reached is armed anew. It looks
+// at limit timers at most, and goes on with the others the next time.
+func (w *wheel) advance(now time.Duration, limit int, fire func(*timer)) {
 	target := uint64(now / tick)
-	for w.now < target {
+	for ; limit > 0; limit-- {
+		for w.due.next == &w.due {
+			if !w.cut(target) {
+				return
+			}
+		}
+		t := w.due.next
+		w.disarm(t)
+		if t.deadline > now {
+			w.arm(t)
+		} else {
+			fire(t)
+		}
+	}
+}
+
+// cut takes the timers of the next slot out of the wheel. It reports false
+// when the wheel has come to target.
+func (w *wheel) cut(target uint64) bool {
+	if w.lower > 0 {
+		w.lower--
+	} else {
+		if w.now >= target {
+			return false
+		}
 		if w.idle() {
 			w.now = target
-			return
+			return false
 		}
 		if w.count[0] == 0 { // nothing happens before upper levels move down
 			w.now = min(w.now|(slots-1), target-1)
 		}
 		w.now++
 		// A level's slot begins when all lower levels wrap.
-		for level := 1; level < levels && w.now%(1<<(slotBits*level)) == 0; level++ {
-			w.drain(level, w.now>>(slotBits*level)%slots, func(t *timer) {
-				w.enter(t, max(uint64((t.deadline+tick-1)/tick), w.now))
-			})
+		for w.lower+1 < levels && w.now%(1<<(slotBits*(w.lower+1))) == 0 {
+			w.lower++
 		}
-		w.drain(0, w.now%slots, func(t *timer) {
-			if t.deadline > now {
-				w.arm(t)
-				return
-			}
-			fire(t)
-		})
 	}
-}
-
-// drain takes every timer out of a slot and hands it to fn.
-func (w *wheel) drain(level int, slot uint64, fn func(*timer)) {
-	if w.used[level][slot/64]&(1<<(slot%64)) == 0 {
-		return
+	slot := w.now >> (slotBits * w.lower) % slots
+	w.used[w.lower][slot/64] &^= 1 << (slot % 64)
+	if head := &w.slots[w.lower][slot]; head.next != head {
+		w.due.next, w.due.prev = head.next, head.prev
+		w.due.next.prev, w.due.prev.next = &w.due, &w.due
+		head.next, head.prev = head, head
 	}
-	w.used[level][slot/64] &^= 1 << (slot % 64)
-	head := &w.slots[level][slot]
-	// The list is cut off first: fn may enter timers into this same slot, a
-	// whole turn later.
-	first, last := head.next, head.prev
-	if first == head {
-		return
-	}
-	head.next, head.prev = head, head
-	last.next = nil
-	for t := first; t != nil; {
-		next := t.next
-		t.next, t.prev = nil, nil
-		w.count[level]--
-		fn(t)
-		t = next
-	}
+	return true
 }
 
 func (w *wheel) idle() bool {
@@ -177,8 +179,11 @@ func (w *wheel) idle() bool {
 // next returns the time of the next slot that may have something to do, and
 // false when no timer is armed. A slot whose timers were all disarmed counts.
 func (w *wheel) next() (time.Duration, bool) {
-	if w.idle() {
+	switch {
+	case w.idle():
 		return 0, false
+	case w.due.next != &w.due || w.lower > 0:
+		return time.Duration(w.now) * tick, true
 	}
 	at := w.now - w.now%slots + slots // where the upper levels move down
 	if w.count[0] > 0 {

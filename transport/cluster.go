@@ -24,7 +24,7 @@ func (s *clusterService) Status(context.Context, *pb.StatusRequest) (*pb.StatusR
 	out := &pb.StatusResponse{
 		Version: node.Version, NodeId: node.ID, ClusterId: node.ClusterID, Term: st.Term, Revision: st.Revision,
 		LastToken: st.LastToken, Leases: int64(st.Leases), Locks: int64(st.Locks), Waiters: int64(st.Waiters),
-		InMemory: node.InMemory, StartedAt: timestamppb.New(node.StartedAt),
+		InMemory: node.InMemory, StartedAt: timestamppb.New(node.StartedAt), Level: uint32(st.Level),
 	}
 	if r := node.Restored; r != nil {
 		out.Restored = &pb.Restored{

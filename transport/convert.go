@@ -1,6 +1,8 @@
 package transport
 
 import (
+	"errors"
+	"strconv"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -28,6 +30,9 @@ func duration(field string, d *durationpb.Duration) (time.Duration, error) {
 }
 
 func metas(m map[string]string) []machine.Meta {
+	if len(m) == 0 {
+		return nil
+	}
 	list := make([]machine.Meta, 0, len(m))
 	for k, v := range m {
 		list = append(list, machine.Meta{Key: k, Value: v}) // the manager sorts
@@ -46,24 +51,84 @@ func metaMap(list []machine.Meta) map[string]string {
 	return m
 }
 
-func acquireRequest(r *pb.AcquireRequest) (lease.AcquireRequest, error) {
+// operations makes operations of requests, in memory that it uses again: one is
+// valid until the next. It is for one goroutine.
+type operations struct {
+	acquire lease.AcquireRequest
+	release lease.ReleaseRequest
+	abandon lease.AbandonRequest
+	keep    lease.KeepAliveRequest
+}
+
+// of is the operation that a request of a service asks for. Errors:
+// *lease.InvalidError.
+func (o *operations) of(req any) (lease.Operation, error) {
+	switch r := req.(type) {
+	case *pb.AcquireRequest:
+		return &o.acquire, o.fillAcquire(r)
+	case *pb.ReleaseRequest:
+		o.release = lease.ReleaseRequest{
+			Lease: lease.ID(r.GetLeaseId()), Name: r.GetName(), Token: fence.Token(r.GetToken()), Request: lease.RequestID(r.GetRequestId()),
+		}
+		return &o.release, nil
+	case *pb.AbandonRequest:
+		ids := o.abandon.Requests[:0]
+		if r.GetRequestId() != 0 || len(r.GetRequestIds()) == 0 && !r.GetEndLease() {
+			ids = append(ids, lease.RequestID(r.GetRequestId()))
+		}
+		for _, id := range r.GetRequestIds() {
+			ids = append(ids, lease.RequestID(id))
+		}
+		o.abandon = lease.AbandonRequest{Lease: lease.ID(r.GetLeaseId()), Requests: ids, EndLease: r.GetEndLease()}
+		return &o.abandon, nil
+	case *pb.CheckTokenRequest:
+		return &lease.CheckTokenRequest{Name: r.GetName(), Token: fence.Token(r.GetToken())}, nil
+	case *pb.ForceReleaseRequest:
+		return &lease.ForceReleaseRequest{Name: r.GetName(), Token: fence.Token(r.GetToken()), By: r.GetBy()}, nil
+	case *pb.GrantRequest:
+		ttl, err := duration("ttl", r.GetTtl())
+		return &lease.GrantLeaseRequest{
+			Request: lease.RequestID(r.GetRequestId()), TTL: ttl, Owner: r.GetOwner(), Metadata: metas(r.GetMetadata()),
+		}, err
+	case *pb.KeepAliveRequest:
+		if len(r.GetLeaseIds())+len(r.GetRequestIds()) > maxKeepAlive {
+			return nil, &lease.InvalidError{Field: "lease_ids", Msg: "must be at most " + strconv.Itoa(maxKeepAlive) + ", with request_ids"}
+		}
+		o.keep.Leases, o.keep.Requests = o.keep.Leases[:0], o.keep.Requests[:0]
+		for _, id := range r.GetLeaseIds() {
+			o.keep.Leases = append(o.keep.Leases, lease.ID(id))
+		}
+		for _, id := range r.GetRequestIds() {
+			o.keep.Requests = append(o.keep.Requests, lease.RequestID(id))
+		}
+		return &o.keep, nil
+	case *pb.RevokeRequest:
+		return &lease.RevokeLeaseRequest{Lease: lease.ID(r.GetLeaseId()), By: r.GetBy()}, nil
+	}
+	return nil, &lease.InvalidError{Field: "call", Msg: "must be one that this server knows"}
+}
+
+// maxKeepAlive bounds the leases renewed by one message.
+const maxKeepAlive = 10_000
+
+func (o *operations) fillAcquire(r *pb.AcquireRequest) error {
 	ttl, err := duration("ttl", r.GetTtl())
 	if err != nil {
-		return lease.AcquireRequest{}, err
+		return err
 	}
 	wait, err := duration("wait", r.GetWait())
 	if err != nil {
-		return lease.AcquireRequest{}, err
+		return err
 	}
 	delay, err := duration("lock_delay", r.GetLockDelay())
 	if err != nil {
-		return lease.AcquireRequest{}, err
+		return err
 	}
 	switch {
 	case wait < 0:
-		return lease.AcquireRequest{}, &lease.InvalidError{Field: "wait", Msg: "must not be negative"}
+		return &lease.InvalidError{Field: "wait", Msg: "must not be negative"}
 	case r.GetWaitForever() && wait != 0:
-		return lease.AcquireRequest{}, &lease.InvalidError{Field: "wait", Msg: "is set, and wait_forever too"}
+		return &lease.InvalidError{Field: "wait", Msg: "is set, and wait_forever too"}
 	case r.GetWaitForever():
 		wait = lease.WaitForever
 	}
@@ -73,25 +138,60 @@ func acquireRequest(r *pb.AcquireRequest) (lease.AcquireRequest, error) {
 		mode = machine.Exclusive
 	case pb.Mode_MODE_EXCLUSIVE, pb.Mode_MODE_SHARED:
 	default:
-		return lease.AcquireRequest{}, &lease.InvalidError{Field: "mode", Msg: "must be exclusive or shared"}
+		return &lease.InvalidError{Field: "mode", Msg: "must be exclusive or shared"}
 	}
-	return lease.AcquireRequest{
+	o.acquire = lease.AcquireRequest{
 		Lease: lease.ID(r.GetLeaseId()), Request: lease.RequestID(r.GetRequestId()),
-		LowestOpen: lease.RequestID(r.GetLowestOpenRequestId()), Names: r.GetNames(), Mode: mode,
+		LowestOpen: lease.RequestID(r.GetLowestOpenRequestId()), Attempt: r.GetAttempt(), Names: r.GetNames(), Mode: mode,
 		Limit: r.GetLimit(), Wait: wait, LockDelay: delay, Actor: r.GetActor(),
 		Metadata: metas(r.GetMetadata()), TTL: ttl, Owner: r.GetOwner(),
-	}, nil
+	}
+	return nil
 }
 
-func releaseRequest(r *pb.ReleaseRequest) lease.ReleaseRequest {
-	return lease.ReleaseRequest{Lease: lease.ID(r.GetLeaseId()), Name: r.GetName(), Token: fence.Token(r.GetToken())}
+// keptAlive is the answer to a renewal. Its error is of the whole.
+func keptAlive(kept *lease.KeptAlive) (*pb.KeepAliveResponse, error) {
+	out := &pb.KeepAliveResponse{}
+	for _, k := range kept.Leases {
+		problem, err := problemAlone(k.Err)
+		if err != nil {
+			return nil, err
+		}
+		result := &pb.KeepAliveResponse_Result{LeaseId: uint64(k.Lease), Problem: problem, LostCount: k.LostCount}
+		if k.Err == nil {
+			result.Ttl = durationpb.New(k.TTL)
+		}
+		for _, lost := range k.Lost {
+			result.Lost = append(result.Lost, &pb.Loss{
+				LeaseId: uint64(k.Lease), Token: uint64(lost.Token), Cause: pb.EndCause(lost.Ended.Cause), By: lost.Ended.By,
+			})
+		}
+		out.Results = append(out.Results, result)
+	}
+	for _, k := range kept.Requests {
+		problem, err := problemAlone(k.Err)
+		if err != nil {
+			return nil, err
+		}
+		result := &pb.KeepAliveResponse_Request{
+			RequestId: uint64(k.Request), LeaseId: uint64(k.Lease), Waiting: k.Waiting, Attached: k.Attached, Problem: problem,
+		}
+		if k.Err == nil {
+			result.Ttl = durationpb.New(k.TTL)
+		}
+		out.Requests = append(out.Requests, result)
+	}
+	return out, nil
 }
 
-func grantRequest(r *pb.GrantRequest) (lease.GrantLeaseRequest, error) {
-	ttl, err := duration("ttl", r.GetTtl())
-	return lease.GrantLeaseRequest{
-		Request: lease.RequestID(r.GetRequestId()), TTL: ttl, Owner: r.GetOwner(), Metadata: metas(r.GetMetadata()),
-	}, err
+// problemAlone is the problem of one of several; an error that is not a refusal
+// is of all of them.
+func problemAlone(err error) (*pb.Problem, error) {
+	var refusal *lease.Refusal
+	if errors.As(err, &refusal) {
+		return problemOf(refusal), nil
+	}
+	return nil, err
 }
 
 func tokenCheck(c lease.TokenCheck) *pb.CheckTokenResponse {
@@ -157,7 +257,7 @@ func waiters(list []machine.Waiter) []*pb.Waiter {
 func lockInfo(k lease.LockInfo) *pb.Lock {
 	out := &pb.Lock{
 		Name: k.Name, Holders: holders(k.Holders), Waiters: waiters(k.Waiters), WaiterCount: int32(k.WaiterCount),
-		Limit: k.Limit, Declared: k.Declared, Clock: k.Clock, LastToken: uint64(k.Last),
+		HolderCount: int32(k.HolderCount), Limit: k.Limit, Declared: k.Declared, Clock: k.Clock, LastToken: uint64(k.Last),
 	}
 	if k.DelayRemaining > 0 {
 		out.DelayRemaining = durationpb.New(k.DelayRemaining)

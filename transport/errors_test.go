@@ -37,6 +37,8 @@ var table = []struct {
 	{&lease.Refusal{Reason: machine.ReasonLeaseNotFound, Lease: 3}, codes.NotFound, "LEASE_NOT_FOUND"},
 	{&lease.Refusal{Reason: machine.ReasonLeaseEnded, Lease: 3, Ended: &machine.Ended{Cause: machine.EndExpired}}, codes.FailedPrecondition, "LEASE_ENDED"},
 	{&lease.Refusal{Reason: machine.ReasonRequestEnded}, codes.FailedPrecondition, "REQUEST_ENDED"},
+	{&lease.Refusal{Reason: machine.ReasonDeadlockUnknown, Name: "a"}, codes.ResourceExhausted, "DEADLOCK_UNKNOWN"},
+	{&lease.Refusal{Reason: machine.ReasonRequestNotFound}, codes.NotFound, "REQUEST_NOT_FOUND"},
 	{&lease.Refusal{Reason: machine.ReasonRequestMismatch}, codes.InvalidArgument, "REQUEST_MISMATCH"},
 	{&lease.Refusal{Reason: machine.ReasonLimitDisagrees, Name: "a", Limit: 2, Asked: 3}, codes.FailedPrecondition, "LIMIT_DISAGREES"},
 	{&lease.Refusal{Reason: machine.ReasonDeadlock, Name: "a", Circle: []machine.Link{{Actor: "x", Name: "a"}, {Actor: "x"}}}, codes.Aborted, "DEADLOCK"},

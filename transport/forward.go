@@ -5,11 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strconv"
+	"sync"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
@@ -24,11 +27,13 @@ import (
 // so that any client works with any node.
 type forwarder struct {
 	cluster  Cluster
+	m        Manager
 	stopping context.Context
 	work     workers
 	// leaderless bounds how long a call waits for somebody to lead. The client
 	// may know a node that can be reached.
 	leaderless time.Duration
+	settling   sync.WaitGroup // requests that it named and abandons
 }
 
 // betweenTries is how long a call waits before it asks anew.
@@ -36,13 +41,23 @@ const betweenTries = 15 * time.Millisecond
 
 // unary tries the call here, which is all where this node leads, and follows
 // the leader while the answer is that another leads.
-func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (_ any, err error) {
 	if a := addrOf(ctx); f.cluster == nil || a != nil && a.peer {
 		return handler(ctx, req)
 	}
-	nameIt(req)
-	resp, err := handler(ctx, req)
 	again := false // a leader's answer was lost, and the request sent anew
+	waited := false
+	acquire := f.name(req)
+	if acquire != nil {
+		defer func() {
+			if err != nil && (again || !definite(err) || waited && elsewhere(err)) {
+				f.settling.Go(func() { f.settle(acquire.GetLeaseId(), acquire.GetRequestId()) })
+			}
+		}()
+	}
+	began := time.Now()
+	resp, err := handler(ctx, req)
+	waited = time.Since(began) > betweenTries // it may have had a place
 	until := time.Now().Add(f.leaderless)
 	for elsewhere(err) && time.Now().Before(until) {
 		var conn grpc.ClientConnInterface
@@ -57,9 +72,14 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 			}
 			began := time.Now()
 			resp, err = f.send(ctx, led, conn, info.FullMethod, req)
-			again = again || errors.Is(err, errAnswerLost)
+			if errors.Is(err, errAnswerLost) {
+				again = true
+				if acquire != nil {
+					acquire.Attempt++
+				}
+			}
 			if time.Since(began) > betweenTries { // it was not refused at once
-				until = time.Now().Add(f.leaderless)
+				waited, until = true, time.Now().Add(f.leaderless)
 			}
 		})
 		switch {
@@ -88,6 +108,75 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 		return nil, lease.ErrOutcomeUnknown
 	}
 	return resp, err
+}
+
+// name gives a request that has no id one, so that it may be sent again. An
+// Acquire that it has named, and whose client this node is from here on, is
+// returned.
+func (f *forwarder) name(req any) *pb.AcquireRequest {
+	switch r := req.(type) {
+	case *pb.AcquireRequest:
+		switch {
+		case r.GetRequestId() != 0:
+			return nil
+		case r.GetLeaseId() == 0:
+			r.RequestId = rand.Uint64N(1<<63-1) + 1
+		case f.m.Status().Level < randomLevel:
+			return nil
+		default:
+			r.RequestId = uint64(machine.RandomRequest) + rand.Uint64N(uint64(machine.AnonymousRequest-machine.RandomRequest))
+		}
+		r.LowestOpenRequestId, r.Attempt = 0, 1
+		return r
+	case *pb.GrantRequest:
+		if r.GetRequestId() == 0 {
+			r.RequestId = rand.Uint64N(1<<63-1) + 1
+		}
+	}
+	return nil
+}
+
+// randomLevel is the level at which a request under a lease may have an id that
+// is not a sequence number.
+const randomLevel = 2
+
+// definite tells whether an error says that nothing was done, and that nothing
+// will be.
+func definite(err error) bool {
+	reason, _ := describe(err)
+	if _, ok := status.FromError(err); ok {
+		reason = reasonOf(err)
+	}
+	switch reason {
+	case "", ReasonOutcomeUnknown, ReasonStopping, ReasonLogFailed, ReasonSuperseded, ReasonCanceled, ReasonDeadline, ReasonInternal:
+		return false
+	}
+	return true
+}
+
+// settle abandons a request of which nobody else knows, until it is answered.
+// It ends early when the server stops.
+func (f *forwarder) settle(leaseID, request uint64) {
+	for pause := betweenTries; ; pause = min(2*pause, time.Second) {
+		ctx, cancel := context.WithTimeout(context.Background(), max(f.leaderless, time.Second))
+		conn, _, err := f.cluster.Leader(ctx)
+		switch {
+		case err != nil:
+		case conn == nil:
+			_, err = f.m.Do(ctx, &lease.AbandonRequest{Lease: lease.ID(leaseID), Requests: []lease.RequestID{lease.RequestID(request)}})
+		default:
+			_, err = pb.NewLockServiceClient(conn).Abandon(ctx, &pb.AbandonRequest{LeaseId: leaseID, RequestId: request})
+		}
+		cancel()
+		if err == nil {
+			return
+		}
+		select {
+		case <-time.After(pause):
+		case <-f.stopping.Done():
+			return
+		}
+	}
 }
 
 // errAnswerLost is ErrNotLeader, of a leader that may have done it.
@@ -127,20 +216,6 @@ func reasonOf(err error) string {
 	return ""
 }
 
-// nameIt gives a request that has no id one, so that it may be sent again.
-func nameIt(req any) {
-	switch r := req.(type) {
-	case *pb.AcquireRequest:
-		if r.GetRequestId() == 0 && r.GetLeaseId() == 0 {
-			r.RequestId = rand.Uint64N(1<<63-1) + 1
-		}
-	case *pb.GrantRequest:
-		if r.GetRequestId() == 0 {
-			r.RequestId = rand.Uint64N(1<<63-1) + 1
-		}
-	}
-}
-
 // repeatable tells whether a request may be sent again when its answer was
 // lost: sent twice, it does what it does once.
 func repeatable(req any) bool {
@@ -158,9 +233,9 @@ func repeatable(req any) bool {
 	return false
 }
 
-// send makes the call at the leader. The leader takes its end for the loss of
-// the client, and keeps the place of a wait: what the client cancels is
-// abandoned by name.
+// send makes the call at the leader, which takes its end for nothing: what the
+// client cancels is abandoned by whoever counts the attempts. For a client that
+// does not this node abandons it, unless a later call goes on with it.
 func (f *forwarder) send(ctx, led context.Context, conn grpc.ClientConnInterface, method string, req any) (any, error) {
 	resp, err := answerOf(method)
 	if err != nil {
@@ -174,7 +249,12 @@ func (f *forwarder) send(ctx, led context.Context, conn grpc.ClientConnInterface
 	}{{ctx, context.Canceled}, {led, lease.ErrNotLeader}, {f.stopping, lease.ErrStopping}} {
 		defer context.AfterFunc(end.ctx, func() { cancel(end.cause) })()
 	}
-	err = conn.Invoke(out, method, req, resp)
+	var number string
+	acquire, _ := req.(*pb.AcquireRequest)
+	if acquire.GetRequestId() != 0 && acquire.GetAttempt() == 0 {
+		number = strconv.FormatUint(rand.Uint64()|1<<63, 10)
+	}
+	err = conn.Invoke(numbered(out, number), method, req, resp)
 	if err == nil {
 		return resp, nil
 	}
@@ -182,8 +262,8 @@ func (f *forwarder) send(ctx, led context.Context, conn grpc.ClientConnInterface
 	case errors.Is(cause, lease.ErrStopping):
 		return nil, lease.ErrStopping
 	case errors.Is(cause, context.Canceled):
-		if a := addrOf(ctx); a == nil || !a.closed.Load() {
-			f.abandon(conn, req)
+		if a := addrOf(ctx); number != "" && (a == nil || !a.closed.Load()) {
+			f.abandon(conn, acquire, number)
 		}
 		return nil, ctx.Err()
 	case cause != nil || lost(err):
@@ -195,15 +275,34 @@ func (f *forwarder) send(ctx, led context.Context, conn grpc.ClientConnInterface
 	return nil, err
 }
 
-// abandon ends a wait at the leader that the client has cancelled.
-func (f *forwarder) abandon(conn grpc.ClientConnInterface, req any) {
-	r, ok := req.(*pb.AcquireRequest)
-	if !ok || r.GetRequestId() == 0 { // the leader abandons an anonymous one itself
-		return
+// callKey is the metadata by which a member tells the leader which call of a
+// request that does not count attempts this is.
+const callKey = "distlock-call"
+
+func numbered(ctx context.Context, number string) context.Context {
+	if number == "" {
+		return ctx
 	}
+	return metadata.AppendToOutgoingContext(ctx, callKey, number)
+}
+
+// calledBy is the number that a member gave a call; 0 for none.
+func calledBy(ctx context.Context) uint64 {
+	if a := addrOf(ctx); a == nil || !a.peer {
+		return 0
+	}
+	for _, v := range metadata.ValueFromIncomingContext(ctx, callKey) {
+		n, _ := strconv.ParseUint(v, 10, 64)
+		return n
+	}
+	return 0
+}
+
+// abandon ends a wait at the leader that the client has cancelled.
+func (f *forwarder) abandon(conn grpc.ClientConnInterface, r *pb.AcquireRequest, number string) {
 	ctx, cancel := context.WithTimeout(context.Background(), f.leaderless)
 	defer cancel()
-	pb.NewLockServiceClient(conn).Abandon(ctx, &pb.AbandonRequest{LeaseId: r.GetLeaseId(), RequestId: r.GetRequestId()})
+	pb.NewLockServiceClient(conn).Abandon(numbered(ctx, number), &pb.AbandonRequest{LeaseId: r.GetLeaseId(), RequestId: r.GetRequestId()})
 }
 
 // answerOf makes an empty answer of a method, by its full name.

@@ -103,7 +103,7 @@ func FuzzAcquireRequest(f *testing.F) {
 			answered(t, err)
 			return
 		}
-		req, err := acquireRequest(&in)
+		op, err := new(operations).of(&in)
 		if err != nil {
 			var invalid *lease.InvalidError
 			if !errors.As(err, &invalid) || invalid.Field == "" {
@@ -111,17 +111,21 @@ func FuzzAcquireRequest(f *testing.F) {
 			}
 			return
 		}
+		req := op.(*lease.AcquireRequest)
+		req.Attempt = 0 // the call's end undoes it
 		if req.Mode != machine.Exclusive && req.Mode != machine.Shared || req.Wait < lease.WaitForever {
 			t.Fatalf("converted to %+v", req)
 		}
-		g, err := m.Acquire(ctx, req)
+		reply, err := m.Do(ctx, req)
 		if answered(t, err); err != nil {
 			return
 		}
+		g := reply.Grant
 		if g.Token == 0 || len(g.Locks) != len(req.Names) {
 			t.Fatalf("%+v was granted %+v", req, g)
 		}
-		if err := m.Abandon(context.Background(), g.Lease, g.Request); err != nil && g.Request < machine.AnonymousRequest {
+		_, err = m.Do(context.Background(), &lease.AbandonRequest{Lease: g.Lease, Requests: []lease.RequestID{g.Request}})
+		if err != nil && g.Request < machine.AnonymousRequest {
 			t.Fatal(err)
 		}
 	})
@@ -149,7 +153,8 @@ func FuzzRequests(f *testing.F) {
 		f.Add(uint8(method), marshal(f, r))
 	}
 	m := running(f)
-	locks, leases, orig := &lockService{m: m}, &leaseService{m: m}, &originalService{m: m}
+	d := door{m: m}
+	locks, leases, orig := &lockService{door: d}, &leaseService{door: d}, &originalService{door: d}
 	ctx := context.Background()
 	f.Fuzz(func(t *testing.T, method uint8, data []byte) {
 		answered(t, []func() error{

@@ -19,14 +19,13 @@ import (
 // declared locks of the same machine.
 type originalService struct {
 	original.UnimplementedDistlockServer
-	m    Manager
-	work workers
+	door
 }
 
 const originalTTL = 60 * time.Second // when a request says 0
 
 func (s *originalService) CreateLock(ctx context.Context, r *original.Lock) (_ *original.EmptyResponse, err error) {
-	s.work.elsewhere(func() { err = s.m.Declare(ctx, r.GetKey()) })
+	_, err = s.ask(ctx, &lease.DeclareRequest{Name: r.GetKey()})
 	return &original.EmptyResponse{}, err
 }
 
@@ -38,12 +37,8 @@ func (s *originalService) AcquireLock(ctx context.Context, r *original.AcquireLo
 		}
 		ttl = time.Duration(seconds) * time.Second
 	}
-	var g lease.Grant
-	var err error
-	s.work.elsewhere(func() {
-		g, err = s.m.Acquire(ctx, lease.AcquireRequest{
-			Names: []string{r.GetKey()}, Mode: machine.Exclusive, TTL: ttl, Declared: true, Owner: "original client",
-		})
+	reply, err := s.ask(ctx, &lease.AcquireRequest{
+		Names: []string{r.GetKey()}, Mode: machine.Exclusive, TTL: ttl, Declared: true, Owner: "original client",
 	})
 	var held *lease.HeldError
 	var invalid *lease.InvalidError
@@ -55,6 +50,7 @@ func (s *originalService) AcquireLock(ctx context.Context, r *original.AcquireLo
 	case err != nil:
 		return nil, err
 	}
+	g := reply.Grant
 	return &original.Lock{
 		Key: r.GetKey(), Acquired: true, Clock: int64(g.Locks[0].Clock), ExpiresAt: expiresAt(g.Since + int64(ttl)),
 	}, nil
@@ -70,7 +66,7 @@ func expiresAt(ns int64) *timestamppb.Timestamp {
 func (s *originalService) ReleaseLock(ctx context.Context, r *original.Lock) (_ *original.EmptyResponse, err error) {
 	// A negative clock is one that no lock ever has; it takes the place of the
 	// highest number, and is refused with both clocks named as they are.
-	s.work.elsewhere(func() { err = s.m.ReleaseClock(ctx, r.GetKey(), uint64(r.GetClock())) })
+	_, err = s.ask(ctx, &lease.ReleaseClockRequest{Name: r.GetKey(), Clock: uint64(r.GetClock())})
 	var refusal *lease.Refusal
 	if errors.As(err, &refusal) && refusal.Reason == machine.ReasonClockDisagrees {
 		return nil, status.Errorf(codes.Aborted, "A lock with key %s has clock %d, not %d", r.GetKey(), refusal.Clock, r.GetClock())
@@ -79,14 +75,14 @@ func (s *originalService) ReleaseLock(ctx context.Context, r *original.Lock) (_ 
 }
 
 func (s *originalService) GetLock(ctx context.Context, r *original.Lock) (*original.Lock, error) {
-	info, _, err := s.m.Lock(ctx, r.GetKey())
+	reply, err := s.ask(ctx, &lease.LockRequest{Name: r.GetKey()})
 	if err != nil {
 		return nil, err
 	}
-	if !info.Declared {
+	if !reply.Lock.Declared {
 		return nil, &lease.Refusal{Reason: machine.ReasonLockNotDeclared, Name: r.GetKey()}
 	}
-	return originalLock(info), nil
+	return originalLock(*reply.Lock), nil
 }
 
 func originalLock(k lease.LockInfo) *original.Lock {
@@ -111,6 +107,6 @@ func (s *originalService) ListLocks(ctx context.Context, _ *original.EmptyReques
 }
 
 func (s *originalService) DeleteLock(ctx context.Context, r *original.Lock) (_ *original.EmptyResponse, err error) {
-	s.work.elsewhere(func() { err = s.m.Undeclare(ctx, r.GetKey()) })
+	_, err = s.ask(ctx, &lease.UndeclareRequest{Name: r.GetKey()})
 	return &original.EmptyResponse{}, err
 }

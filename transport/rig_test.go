@@ -2,6 +2,7 @@ package transport
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"testing"
 	"time"
@@ -28,27 +29,34 @@ type manager struct {
 	keep    func([]lease.ID) ([]lease.KeepAlive, error)
 }
 
-func (m *manager) Acquire(ctx context.Context, r lease.AcquireRequest) (lease.Grant, error) {
-	return m.acquire(ctx, r)
+func (m *manager) Do(ctx context.Context, op lease.Operation) (r lease.Reply, err error) {
+	switch op := op.(type) {
+	case *lease.AcquireRequest:
+		var g lease.Grant
+		g, err = m.acquire(ctx, *op)
+		r.Grant, r.TTL = &g.Grant, g.TTL
+	case *lease.ReleaseRequest:
+		err = m.release(ctx, *op)
+	case *lease.GrantLeaseRequest:
+		var info lease.LeaseInfo
+		info, err = m.grant(ctx, *op)
+		r.Lease, r.TTL = info.ID, info.Remaining
+	case *lease.LeaseRequest:
+		var info lease.LeaseInfo
+		info, err = m.lease(op.Lease)
+		r.Shown = &info
+	case *lease.KeepAliveRequest:
+		r.KeptAlive = &lease.KeptAlive{}
+		r.KeptAlive.Leases, err = m.keep(op.Leases)
+	default:
+		panic(fmt.Sprintf("%T", op))
+	}
+	return r, err
 }
-
-func (m *manager) Release(ctx context.Context, r lease.ReleaseRequest) error {
-	return m.release(ctx, r)
-}
-
-func (m *manager) GrantLease(ctx context.Context, r lease.GrantLeaseRequest) (lease.LeaseInfo, error) {
-	return m.grant(ctx, r)
-}
-
-func (m *manager) Lease(_ context.Context, id lease.ID) (lease.LeaseInfo, error) { return m.lease(id) }
 
 func (m *manager) Locks(ctx context.Context, _, after string, limit int) ([]lease.LockInfo, bool, uint64, error) {
 	list, more, err := m.locks(ctx, after, limit)
 	return list, more, 7, err
-}
-
-func (m *manager) KeepAlive(_ context.Context, ids []lease.ID) ([]lease.KeepAlive, error) {
-	return m.keep(ids)
 }
 
 func (m *manager) Status() lease.Status { return lease.Status{Leader: true, Term: 3} }

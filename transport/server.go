@@ -32,27 +32,15 @@ import (
 // Manager is what the transport asks of the lease manager. Errors are those of
 // package lease; all methods are safe for concurrent use.
 type Manager interface {
-	GrantLease(context.Context, lease.GrantLeaseRequest) (lease.LeaseInfo, error)
-	KeepAlive(context.Context, []lease.ID) ([]lease.KeepAlive, error)
-	RevokeLease(ctx context.Context, id lease.ID, by string) error
-	Lease(context.Context, lease.ID) (lease.LeaseInfo, error)
+	Do(context.Context, lease.Operation) (lease.Reply, error)
+	NewPort(bound, waits int) *lease.Port
 	Leases(ctx context.Context, after lease.ID, limit int) ([]lease.LeaseInfo, bool, error)
-	Acquire(context.Context, lease.AcquireRequest) (lease.Grant, error)
-	Release(context.Context, lease.ReleaseRequest) error
-	Abandon(context.Context, lease.ID, lease.RequestID) error
-	Lock(ctx context.Context, name string) (lease.LockInfo, uint64, error)
 	Locks(ctx context.Context, prefix, after string, limit int) ([]lease.LockInfo, bool, uint64, error)
-	CheckToken(ctx context.Context, name string, token fence.Token) (lease.TokenCheck, error)
-	ForceRelease(ctx context.Context, name string, token fence.Token, by string) error
 	StaleLock(name string) (lease.LockInfo, uint64, error)
 	StaleLocks(prefix, after string, limit int) ([]lease.LockInfo, bool, uint64)
 	StaleLease(lease.ID) (lease.LeaseInfo, error)
 	StaleLeases(after lease.ID, limit int) ([]lease.LeaseInfo, bool)
 	Watch(prefix string, from uint64) (*lease.Watcher, error)
-	Declare(ctx context.Context, name string) error
-	Undeclare(ctx context.Context, name string) error
-	ReleaseClock(ctx context.Context, name string, clock uint64) error
-	NewPort(bound, waits int) *lease.Port
 	Status() lease.Status
 }
 
@@ -115,6 +103,7 @@ type Config struct {
 type Server struct {
 	grpc     *grpc.Server
 	health   *health.Server
+	forward  *forwarder
 	stopping context.Context // ends when Stop begins
 	stop     context.CancelFunc
 }
@@ -135,9 +124,11 @@ func NewServer(cfg Config) *Server {
 	}
 	work := newWorkers(cfg.Workers)
 	stopping, stop := context.WithCancel(context.Background())
-	forward := &forwarder{cluster: cfg.Cluster, stopping: stopping, work: work, leaderless: cmp.Or(cfg.Leaderless, time.Second)}
+	forward := &forwarder{
+		cluster: cfg.Cluster, m: cfg.Manager, stopping: stopping, work: work, leaderless: cmp.Or(cfg.Leaderless, time.Second),
+	}
 	s := &Server{
-		stopping: stopping, stop: stop,
+		stopping: stopping, stop: stop, forward: forward,
 		grpc: grpc.NewServer(
 			grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto"), cfg.MaxMessageBytes}),
 			grpc.MaxRecvMsgSize(4*cfg.MaxMessageBytes),
@@ -158,11 +149,12 @@ func NewServer(cfg Config) *Server {
 		),
 		health: health.NewServer(),
 	}
-	s.grpc.RegisterService(decoding(&pb.LockService_ServiceDesc), &lockService{m: cfg.Manager, work: work})
-	s.grpc.RegisterService(decoding(&pb.LeaseService_ServiceDesc), &leaseService{m: cfg.Manager, work: work})
+	d := door{cfg.Manager, work}
+	s.grpc.RegisterService(decoding(&pb.LockService_ServiceDesc), &lockService{door: d})
+	s.grpc.RegisterService(decoding(&pb.LeaseService_ServiceDesc), &leaseService{door: d})
 	s.grpc.RegisterService(&pb.StreamService_ServiceDesc, &streamService{m: cfg.Manager, work: work, logger: cfg.Logger, refused: cfg.Refused})
 	s.grpc.RegisterService(decoding(&pb.ClusterService_ServiceDesc), &clusterService{m: cfg.Manager, node: cfg.Node, cluster: cfg.Cluster, work: work})
-	s.grpc.RegisterService(decoding(&original.Distlock_ServiceDesc), &originalService{m: cfg.Manager, work: work})
+	s.grpc.RegisterService(decoding(&original.Distlock_ServiceDesc), &originalService{door: d})
 	healthpb.RegisterHealthServer(s.grpc, s.health)
 	reflection.Register(s.grpc)
 	s.SetServing(false)
@@ -208,6 +200,7 @@ func (s *Server) Stop(ctx context.Context) {
 		s.grpc.Stop()
 		<-done
 	}
+	s.forward.settling.Wait()
 }
 
 // unary maps errors, keeps a panic in one call from ending the server, and
@@ -309,7 +302,8 @@ func (w workers) elsewhere(fn func()) {
 
 // detachable returns a context that ends with ctx, with the cause ErrDetached
 // when ctx ends because the client's connection was lost rather than because
-// the client cancelled the call.
+// the client cancelled the call, as far as that can be told. It matters only to
+// clients that do not count their attempts.
 func detachable(ctx context.Context) (context.Context, context.CancelFunc) {
 	out, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, func() { cancel(endOf(ctx)) })
@@ -330,7 +324,7 @@ func addrOf(ctx context.Context) *markedAddr {
 // ErrDetached.
 func endOf(ctx context.Context) error {
 	if a := addrOf(ctx); a != nil && (a.peer || a.closed.Load()) {
-		return lease.ErrDetached // a member abandons by name what its client cancels
+		return lease.ErrDetached // a member abandons what its client cancels
 	}
 	return ctx.Err()
 }

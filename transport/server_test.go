@@ -235,16 +235,16 @@ func TestConversionRefuses(t *testing.T) {
 		"wait":       {Wait: protoDuration(-1)},
 		"lock_delay": {LockDelay: huge},
 	} {
-		if _, err := acquireRequest(r); problemIn(status.Convert(toStatus(err))).GetField() != field {
+		if _, err := new(operations).of(r); problemIn(status.Convert(toStatus(err))).GetField() != field {
 			t.Errorf("%v: %v", r, err)
 		}
 	}
-	if _, err := acquireRequest(&pb.AcquireRequest{Wait: protoDuration(1), WaitForever: true}); err == nil {
+	if _, err := new(operations).of(&pb.AcquireRequest{Wait: protoDuration(1), WaitForever: true}); err == nil {
 		t.Error("wait and wait_forever go together")
 	}
 	years := 100 * 365 * 24 * time.Hour
-	if r, err := acquireRequest(&pb.AcquireRequest{Ttl: protoDuration(years)}); err != nil || r.TTL != years {
-		t.Errorf("100 years: %v %v", r.TTL, err)
+	if op, err := new(operations).of(&pb.AcquireRequest{Ttl: protoDuration(years)}); err != nil || op.(*lease.AcquireRequest).TTL != years {
+		t.Errorf("100 years: %v %v", op, err)
 	}
 }
 

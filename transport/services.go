@@ -3,14 +3,12 @@ package transport
 import (
 	"context"
 	"encoding/base64"
-	"errors"
 	"strconv"
 	"strings"
 
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	"github.com/distlock/distlock/fence"
 	"github.com/distlock/distlock/lease"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
@@ -24,36 +22,58 @@ const (
 	softLimit = 1 << 20
 )
 
-type lockService struct {
-	pb.UnimplementedLockServiceServer
+// door is the way into the manager.
+type door struct {
 	m    Manager
 	work workers
 }
 
-func (s *lockService) Acquire(ctx context.Context, r *pb.AcquireRequest) (*pb.AcquireResponse, error) {
-	req, err := acquireRequest(r)
+// do asks for what a request says, and waits without a worker.
+func (d door) do(ctx context.Context, req any) (r lease.Reply, err error) {
+	op, err := new(operations).of(req)
 	if err != nil {
-		return nil, err
+		return lease.Reply{}, err
 	}
-	ctx, stop := detachable(ctx)
-	defer stop()
-	var g lease.Grant
-	s.work.elsewhere(func() { g, err = s.m.Acquire(ctx, req) })
-	if err != nil {
-		return nil, err
-	}
-	return &pb.AcquireResponse{Grant: grant(&g.Grant, g.TTL)}, nil
+	return d.ask(ctx, op)
 }
 
-func (s *lockService) Release(ctx context.Context, r *pb.ReleaseRequest) (_ *pb.ReleaseResponse, err error) {
-	s.work.elsewhere(func() {
-		err = s.m.Release(ctx, releaseRequest(r))
-	})
+func (d door) ask(ctx context.Context, op lease.Operation) (r lease.Reply, err error) {
+	d.work.elsewhere(func() { r, err = d.m.Do(ctx, op) })
+	return r, err
+}
+
+type lockService struct {
+	pb.UnimplementedLockServiceServer
+	door
+}
+
+func (s *lockService) Acquire(ctx context.Context, r *pb.AcquireRequest) (*pb.AcquireResponse, error) {
+	op, err := new(operations).of(r)
+	if err != nil {
+		return nil, err
+	}
+	op.(*lease.AcquireRequest).Call = calledBy(ctx)
+	ctx, stop := detachable(ctx)
+	defer stop()
+	reply, err := s.ask(ctx, op)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.AcquireResponse{Grant: grant(reply.Grant, reply.TTL)}, nil
+}
+
+func (s *lockService) Release(ctx context.Context, r *pb.ReleaseRequest) (*pb.ReleaseResponse, error) {
+	_, err := s.do(ctx, r)
 	return &pb.ReleaseResponse{}, err
 }
 
-func (s *lockService) Abandon(ctx context.Context, r *pb.AbandonRequest) (_ *pb.AbandonResponse, err error) {
-	s.work.elsewhere(func() { err = s.m.Abandon(ctx, lease.ID(r.GetLeaseId()), lease.RequestID(r.GetRequestId())) })
+func (s *lockService) Abandon(ctx context.Context, r *pb.AbandonRequest) (*pb.AbandonResponse, error) {
+	op, err := new(operations).of(r)
+	if err != nil {
+		return nil, err
+	}
+	op.(*lease.AbandonRequest).Call = calledBy(ctx)
+	_, err = s.ask(ctx, op)
 	return &pb.AbandonResponse{}, err
 }
 
@@ -66,7 +86,10 @@ func (s *lockService) Get(ctx context.Context, r *pb.GetRequest) (*pb.GetRespons
 	case stale:
 		info, revision, err = s.m.StaleLock(r.GetName())
 	default:
-		s.work.elsewhere(func() { info, revision, err = s.m.Lock(ctx, r.GetName()) })
+		var reply lease.Reply
+		if reply, err = s.ask(ctx, &lease.LockRequest{Name: r.GetName()}); err == nil {
+			info, revision = *reply.Lock, reply.Revision
+		}
 	}
 	if err != nil {
 		return nil, err
@@ -135,17 +158,15 @@ func page(size int32, token string) (int, string, error) {
 func pageToken(after string) string { return base64.RawURLEncoding.EncodeToString([]byte(after)) }
 
 func (s *lockService) CheckToken(ctx context.Context, r *pb.CheckTokenRequest) (*pb.CheckTokenResponse, error) {
-	var c lease.TokenCheck
-	var err error
-	s.work.elsewhere(func() { c, err = s.m.CheckToken(ctx, r.GetName(), fence.Token(r.GetToken())) })
+	reply, err := s.do(ctx, r)
 	if err != nil {
 		return nil, err
 	}
-	return tokenCheck(c), nil
+	return tokenCheck(*reply.Check), nil
 }
 
-func (s *lockService) ForceRelease(ctx context.Context, r *pb.ForceReleaseRequest) (_ *pb.ForceReleaseResponse, err error) {
-	s.work.elsewhere(func() { err = s.m.ForceRelease(ctx, r.GetName(), fence.Token(r.GetToken()), r.GetBy()) })
+func (s *lockService) ForceRelease(ctx context.Context, r *pb.ForceReleaseRequest) (*pb.ForceReleaseResponse, error) {
+	_, err := s.do(ctx, r)
 	return &pb.ForceReleaseResponse{}, err
 }
 
@@ -192,71 +213,27 @@ func (s *lockService) Watch(r *pb.WatchRequest, stream pb.LockService_WatchServe
 
 type leaseService struct {
 	pb.UnimplementedLeaseServiceServer
-	m    Manager
-	work workers
+	door
 }
 
 func (s *leaseService) Grant(ctx context.Context, r *pb.GrantRequest) (*pb.GrantResponse, error) {
-	req, err := grantRequest(r)
+	reply, err := s.do(ctx, r)
 	if err != nil {
 		return nil, err
 	}
-	var info lease.LeaseInfo
-	s.work.elsewhere(func() { info, err = s.m.GrantLease(ctx, req) })
-	if err != nil {
-		return nil, err
-	}
-	return &pb.GrantResponse{LeaseId: uint64(info.ID), Ttl: durationpb.New(req.TTL)}, nil
+	return &pb.GrantResponse{LeaseId: uint64(reply.Lease), Ttl: durationpb.New(reply.TTL)}, nil
 }
-
-// maxKeepAlive bounds the leases renewed by one message.
-const maxKeepAlive = 10_000
 
 func (s *leaseService) KeepAlive(ctx context.Context, r *pb.KeepAliveRequest) (*pb.KeepAliveResponse, error) {
-	ids, err := keepAliveIDs(r)
+	reply, err := s.do(ctx, r)
 	if err != nil {
 		return nil, err
 	}
-	var list []lease.KeepAlive
-	s.work.elsewhere(func() { list, err = s.m.KeepAlive(ctx, ids) })
-	if err != nil {
-		return nil, err
-	}
-	return keptAlive(list)
+	return keptAlive(reply.KeptAlive)
 }
 
-func keepAliveIDs(r *pb.KeepAliveRequest) ([]lease.ID, error) {
-	if len(r.GetLeaseIds()) > maxKeepAlive {
-		return nil, &lease.InvalidError{Field: "lease_ids", Msg: "must be at most " + strconv.Itoa(maxKeepAlive)}
-	}
-	ids := make([]lease.ID, len(r.GetLeaseIds()))
-	for i, id := range r.GetLeaseIds() {
-		ids[i] = lease.ID(id)
-	}
-	return ids, nil
-}
-
-// keptAlive is the answer to a renewal. Its error is of the whole.
-func keptAlive(list []lease.KeepAlive) (*pb.KeepAliveResponse, error) {
-	out := &pb.KeepAliveResponse{Results: make([]*pb.KeepAliveResponse_Result, len(list))}
-	for i, k := range list {
-		result := &pb.KeepAliveResponse_Result{LeaseId: uint64(k.Lease)}
-		var refusal *lease.Refusal
-		switch {
-		case k.Err == nil:
-			result.Ttl = durationpb.New(k.TTL)
-		case errors.As(k.Err, &refusal):
-			result.Problem = problemOf(refusal)
-		default:
-			return nil, k.Err
-		}
-		out.Results[i] = result
-	}
-	return out, nil
-}
-
-func (s *leaseService) Revoke(ctx context.Context, r *pb.RevokeRequest) (_ *pb.RevokeResponse, err error) {
-	s.work.elsewhere(func() { err = s.m.RevokeLease(ctx, lease.ID(r.GetLeaseId()), r.GetBy()) })
+func (s *leaseService) Revoke(ctx context.Context, r *pb.RevokeRequest) (*pb.RevokeResponse, error) {
+	_, err := s.do(ctx, r)
 	return &pb.RevokeResponse{}, err
 }
 
@@ -268,7 +245,10 @@ func (s *leaseService) Get(ctx context.Context, r *pb.GetLeaseRequest) (*pb.GetL
 	case stale:
 		info, err = s.m.StaleLease(lease.ID(r.GetLeaseId()))
 	default:
-		s.work.elsewhere(func() { info, err = s.m.Lease(ctx, lease.ID(r.GetLeaseId())) })
+		var reply lease.Reply
+		if reply, err = s.ask(ctx, &lease.LeaseRequest{Lease: lease.ID(r.GetLeaseId())}); err == nil {
+			info = *reply.Shown
+		}
 	}
 	if err != nil {
 		return nil, err

@@ -1,6 +1,7 @@
 package transport
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -10,7 +11,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	"github.com/distlock/distlock/fence"
 	"github.com/distlock/distlock/internal/wire"
 	"github.com/distlock/distlock/lease"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
@@ -55,7 +55,7 @@ func (s *streamService) Multiplex(stream multiplexStream) error {
 		}
 		select {
 		case <-port.Ready():
-			if err := w.flush(); err != nil {
+			if err := cmp.Or(w.flush(), port.Err()); err != nil {
 				return err
 			}
 		case err := <-read:
@@ -88,7 +88,8 @@ func (s *streamService) read(stream multiplexStream, port *lease.Port) (err erro
 	defer rescue(s.logger, pb.StreamService_Multiplex_FullMethodName, &err)
 	ctx := stream.Context()
 	var data []byte
-	var operations wire.Operations
+	var decoder wire.Operations
+	var made operations
 	for {
 		if cap(data) > keepBytes {
 			data = nil
@@ -96,7 +97,7 @@ func (s *streamService) read(stream multiplexStream, port *lease.Port) (err erro
 		if err := stream.RecvMsg(encoded{&data}); err != nil {
 			return err
 		}
-		if err := s.take(ctx, data, &operations, port); err != nil {
+		if err := s.take(ctx, data, &decoder, &made, port); err != nil {
 			return err
 		}
 	}
@@ -106,11 +107,11 @@ func (s *streamService) read(stream multiplexStream, port *lease.Port) (err erro
 const keepBytes = 16 << 10
 
 // take submits the operations of one message.
-func (s *streamService) take(ctx context.Context, data []byte, operations *wire.Operations, port *lease.Port) error {
+func (s *streamService) take(ctx context.Context, data []byte, decoder *wire.Operations, made *operations, port *lease.Port) error {
 	if err := s.work.enter(ctx); err != nil {
 		return err
 	}
-	batch, err := gather(data, operations, port)
+	batch, err := gather(data, decoder, made, port)
 	s.work.leave()
 	if err != nil {
 		return err
@@ -119,8 +120,8 @@ func (s *streamService) take(ctx context.Context, data []byte, operations *wire.
 }
 
 // gather decodes the operations of one message.
-func gather(data []byte, operations *wire.Operations, port *lease.Port) (*lease.Batch, error) {
-	n, err := operations.Reset(data)
+func gather(data []byte, decoder *wire.Operations, made *operations, port *lease.Port) (*lease.Batch, error) {
+	n, err := decoder.Reset(data)
 	if err != nil {
 		return nil, undecodable(&pb.MultiplexRequest{}, data)
 	}
@@ -128,7 +129,7 @@ func gather(data []byte, operations *wire.Operations, port *lease.Port) (*lease.
 		return nil, &lease.InvalidError{Field: "operations", Msg: "must be at most " + strconv.Itoa(maxOperations) + ", not " + strconv.Itoa(n)}
 	}
 	batch := port.Batch(n)
-	err = operations.Each(func(op *pb.Operation) error { return add(batch, op) })
+	err = decoder.Each(func(op *pb.Operation) error { return add(batch, made, op) })
 	var invalid *lease.InvalidError
 	if err != nil && !errors.As(err, &invalid) {
 		err = undecodable(&pb.MultiplexRequest{}, data)
@@ -137,47 +138,43 @@ func gather(data []byte, operations *wire.Operations, port *lease.Port) (*lease.
 }
 
 // add puts an operation, which it does not keep, in a batch.
-func add(b *lease.Batch, op *pb.Operation) error {
+func add(b *lease.Batch, made *operations, op *pb.Operation) error {
 	id := op.GetId()
 	if id == 0 {
 		return &lease.InvalidError{Field: "id", Msg: "must be above 0"}
 	}
+	if c, ok := op.GetCall().(*pb.Operation_Cancel); ok {
+		b.Cancel(c.Cancel.GetId())
+		return nil
+	}
+	asked, err := made.of(called(op))
+	if err != nil {
+		b.Refuse(id, err)
+		return nil
+	}
+	b.Add(id, asked)
+	return nil
+}
+
+// called is the request in an operation.
+func called(op *pb.Operation) any {
 	switch c := op.GetCall().(type) {
 	case *pb.Operation_Acquire:
-		r, err := acquireRequest(c.Acquire)
-		if err != nil {
-			b.Refuse(id, err)
-			return nil
-		}
-		b.Acquire(id, r)
+		return c.Acquire
 	case *pb.Operation_Release:
-		b.Release(id, releaseRequest(c.Release))
+		return c.Release
 	case *pb.Operation_Abandon:
-		b.Abandon(id, lease.ID(c.Abandon.GetLeaseId()), lease.RequestID(c.Abandon.GetRequestId()))
+		return c.Abandon
 	case *pb.Operation_CheckToken:
-		b.CheckToken(id, c.CheckToken.GetName(), fence.Token(c.CheckToken.GetToken()))
+		return c.CheckToken
 	case *pb.Operation_ForceRelease:
-		b.ForceRelease(id, c.ForceRelease.GetName(), fence.Token(c.ForceRelease.GetToken()), c.ForceRelease.GetBy())
+		return c.ForceRelease
 	case *pb.Operation_Grant:
-		r, err := grantRequest(c.Grant)
-		if err != nil {
-			b.Refuse(id, err)
-			return nil
-		}
-		b.GrantLease(id, r)
+		return c.Grant
 	case *pb.Operation_KeepAlive:
-		ids, err := keepAliveIDs(c.KeepAlive)
-		if err != nil {
-			b.Refuse(id, err)
-			return nil
-		}
-		b.KeepAlive(id, ids)
+		return c.KeepAlive
 	case *pb.Operation_Revoke:
-		b.RevokeLease(id, lease.ID(c.Revoke.GetLeaseId()), c.Revoke.GetBy())
-	case *pb.Operation_Cancel:
-		b.Cancel(c.Cancel.GetId())
-	default:
-		b.Refuse(id, &lease.InvalidError{Field: "call", Msg: "must be one that this server knows"})
+		return c.Revoke
 	}
 	return nil
 }
@@ -277,7 +274,7 @@ func answer(r *lease.Reply) *pb.Answer {
 	case lease.OpCheckToken:
 		out.Result = &pb.Answer_CheckToken{CheckToken: tokenCheck(*r.Check)}
 	case lease.OpKeepAlive:
-		kept, err := keptAlive(r.KeepAlive)
+		kept, err := keptAlive(r.KeptAlive)
 		if err != nil {
 			out.Result = &pb.Answer_Failure{Failure: failure(err)}
 			break

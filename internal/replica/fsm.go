@@ -23,6 +23,7 @@ import (
 // note: what the members know together that is not the machine's.
 type fsm struct {
 	store      *lease.Store
+	newest     machine.Level // that this build knows
 	note       note
 	fail       func(error)
 	learned    func(note)                       // a note was applied or restored
@@ -34,6 +35,9 @@ type fsm struct {
 type note struct {
 	ClusterID string    `json:"clusterId"`
 	Restored  *Restored `json:"restored,omitempty"`
+	// Level, in the log, is what the machine is raised to. In a snapshot the
+	// machine has it itself. The first release does not know it.
+	Level machine.Level `json:"level,omitempty"`
 }
 
 // Restored says where a history began that was restored from a backup.
@@ -61,6 +65,10 @@ func (f *fsm) Apply(l *raft.Log) any {
 		if err := json.Unmarshal(l.Data[1:], &n); err != nil {
 			return f.stop(l, err)
 		}
+		if n.Level > f.newest {
+			return f.stop(l, &LevelError{Level: n.Level, Newest: f.newest})
+		}
+		f.store.Raise(n.Level)
 		if f.note.ClusterID == "" { // two leaders may both have made one up
 			f.note.ClusterID = n.ClusterID
 		}

@@ -39,7 +39,7 @@ func FuzzEntry(f *testing.F) {
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var failed error
-		x := &fsm{store: lease.NewStore(0), fail: func(err error) { failed = err }, learned: func(note) {}, configured: func(uint64, raft.Configuration) {}}
+		x := &fsm{store: empty(), newest: machine.NewestLevel, fail: func(err error) { failed = err }, learned: func(note) {}, configured: func(uint64, raft.Configuration) {}}
 		got := x.Apply(&raft.Log{Index: 1, Term: 1, Type: raft.LogCommand, Data: b})
 		if _, ok := got.(error); ok != (failed != nil) {
 			t.Fatalf("%v, and the node was told %v", got, failed)

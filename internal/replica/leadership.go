@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
-	"encoding/json"
 	"fmt"
 	"time"
 
@@ -119,14 +118,16 @@ func (r *Replica) settleIn(term uint64) {
 	if r.ClusterID() == "" {
 		var random [8]byte
 		rand.Read(random[:])
-		text, err := json.Marshal(note{ClusterID: hex.EncodeToString(random[:])})
-		if err == nil {
-			r.raft.Apply(append([]byte{noteMark}, text...), 0).Error() // or the next leader does
-		}
+		r.write(note{ClusterID: hex.EncodeToString(random[:])}) // or the next leader does
 	}
-	if r.peers == nil {
-		return
+	if r.peers != nil {
+		r.recordAddress()
 	}
+	r.raiseLevel(term)
+}
+
+// recordAddress tells the other members of a new peer address of this node.
+func (r *Replica) recordAddress() {
 	r.members.Lock()
 	defer r.members.Unlock()
 	for _, s := range r.configuration().servers.Servers {

@@ -67,6 +67,9 @@ func (r *Replica) AddMember(id, peerAddress, cluster string) (string, error) {
 		if ours := r.ClusterID(); cluster != "" && cluster != ours {
 			return refused(id, fmt.Sprintf("its data directory is of cluster %s, this is cluster %s; start it with an empty one", cluster, ours))
 		}
+		if err := r.knowsLevel(id, peerAddress); err != nil {
+			return err
+		}
 		for _, s := range r.configuration().servers.Servers {
 			switch {
 			case string(s.ID) == id && string(s.Address) == peerAddress:
@@ -95,6 +98,9 @@ func (r *Replica) PromoteMember(id string) error {
 		about, err := r.about(string(s.Address), time.Second)
 		if err != nil {
 			return refused(id, fmt.Sprintf("it does not answer at %s; promote it once it runs", s.Address))
+		}
+		if err := r.knowsLevel(id, string(s.Address)); err != nil {
+			return err
 		}
 		if last := r.raft.LastIndex(); about.GetAppliedIndex()+caughtUp < last {
 			return refused(id, fmt.Sprintf("it is %d log entries behind; promote it once it has caught up", last-about.GetAppliedIndex()))

@@ -559,10 +559,6 @@ type peerService struct {
 	r *Replica
 }
 
-// level is the newest kind of log entry that this version knows. A newer kind
-// is only proposed once every member has said that it knows it.
-const level = 1
-
 // Term implements the service. Raft shows a term only once it is persisted.
 func (s *peerService) Term(context.Context, *peerpb.TermRequest) (*peerpb.TermResponse, error) {
 	return &peerpb.TermResponse{Term: s.r.raft.CurrentTerm()}, nil
@@ -573,7 +569,7 @@ func (s *peerService) About(context.Context, *peerpb.AboutRequest) (*peerpb.Abou
 	r := s.r
 	return &peerpb.AboutResponse{
 		NodeId: r.nodeID, ClientAddress: r.cfg.ClientAddress, Version: r.cfg.Version, AppliedIndex: r.raft.AppliedIndex(),
-		LastIndex: r.raft.LastIndex(), Term: r.raft.CurrentTerm(), Leader: r.known().serving, Level: level,
+		LastIndex: r.raft.LastIndex(), Term: r.raft.CurrentTerm(), Leader: r.known().serving, Level: uint32(r.newest),
 	}, nil
 }
 

@@ -41,7 +41,7 @@ func recovered(dir string) (*machine.View, error) {
 		return nil, err
 	}
 	var failed error
-	f := &fsm{store: lease.NewStore(0), fail: func(err error) { failed = err }, learned: func(note) {}, configured: func(uint64, raft.Configuration) {}}
+	f := &fsm{store: empty(), newest: machine.NewestLevel, fail: func(err error) { failed = err }, learned: func(note) {}, configured: func(uint64, raft.Configuration) {}}
 	var l raft.Log
 	for i := max(first, 1); i <= last; i++ {
 		if err := d.GetLog(i, &l); err != nil {
@@ -53,6 +53,13 @@ func recovered(dir string) (*machine.View, error) {
 		f.Apply(&l)
 	}
 	return f.store.View(), failed
+}
+
+// empty is a store as a history begins: at the first level.
+func empty() *lease.Store {
+	s := lease.NewStore(0)
+	s.Restore(machine.NewAt(0, machine.FirstLevel))
+	return s
 }
 
 func digest(m *machine.View) uint64 {
@@ -72,6 +79,7 @@ func mixed(t *testing.T, dir string, n int) []uint64 {
 		}
 	}()
 	rng := rand.New(rand.NewPCG(7, 7))
+	raised(t, r, machine.NewestLevel)
 	states := []uint64{digest(r.fsm.store.View())}
 	var tokens []fence.Token
 	for i := range n {
@@ -124,7 +132,7 @@ func TestEveryPrefixOfTheLog(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	position := map[uint64]int{}
+	position := map[uint64]int{digest(empty().View()): 0}
 	for i, s := range states {
 		position[s] = i
 	}

@@ -56,6 +56,8 @@ type Config struct {
 	Dir    string
 	Store  *lease.Store // empty; filled from the directory
 	Logger *zap.Logger
+
+	newest machine.Level // that this build is to know, in tests; 0: what it does
 	// Synced is told how long each write to the log took, disk and all; nil
 	// for nobody. It must not block.
 	Synced func(time.Duration)
@@ -129,6 +131,7 @@ type Replica struct {
 	raft       *raft.Raft
 	peers      *peers // nil without a peer port
 	fsm        *fsm
+	newest     machine.Level // that this build knows
 	leadership chan lease.Leadership
 	futures    chan inFlight
 	closing    chan struct{}
@@ -196,7 +199,11 @@ func Open(cfg Config) (_ *Replica, err error) {
 		suspects:   make(chan struct{}, 1),
 	}
 	r.led, r.endLed = context.WithCancel(context.Background())
-	r.fsm = &fsm{store: cfg.Store, fail: r.fail, learned: r.learned, configured: r.configured}
+	r.newest = orDefault(cfg.newest, machine.NewestLevel)
+	// A history begins at the first level, whoever makes the first member: the
+	// log raises it.
+	cfg.Store.Restore(machine.NewAt(0, machine.FirstLevel))
+	r.fsm = &fsm{store: cfg.Store, newest: r.newest, fail: r.fail, learned: r.learned, configured: r.configured}
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("data directory %s: %w", cfg.Dir, cause(err))
 	}

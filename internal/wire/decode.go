@@ -120,7 +120,7 @@ func (o *Operations) operation(data []byte) bool {
 func (o *Operations) acquisition(data []byte) bool {
 	r := &o.asked
 	r.Names, r.Mode, r.Limit, r.LeaseId, r.Ttl, r.Owner, r.Wait = r.Names[:0], 0, 0, 0, nil, "", nil
-	r.WaitForever, r.LockDelay, r.RequestId, r.LowestOpenRequestId, r.Actor = false, nil, 0, 0, ""
+	r.WaitForever, r.LockDelay, r.RequestId, r.LowestOpenRequestId, r.Actor, r.Attempt = false, nil, 0, 0, "", 0
 	return fields(data, func(field protowire.Number, number uint64, text []byte) bool {
 		if text == nil {
 			switch field {
@@ -136,6 +136,8 @@ func (o *Operations) acquisition(data []byte) bool {
 				r.RequestId = number
 			case 11:
 				r.LowestOpenRequestId = number
+			case 14:
+				r.Attempt = uint32(number)
 			default:
 				return false
 			}
@@ -193,7 +195,7 @@ func span(data []byte, seconds *int64, nanos *int32) bool {
 
 func (o *Operations) ending(data []byte) bool {
 	r := &o.ended
-	r.Token, r.LeaseId, r.Name = 0, 0, ""
+	r.Token, r.LeaseId, r.Name, r.RequestId = 0, 0, "", 0
 	return fields(data, func(field protowire.Number, number uint64, text []byte) bool {
 		switch {
 		case field == 1 && text == nil:
@@ -202,6 +204,8 @@ func (o *Operations) ending(data []byte) bool {
 			r.LeaseId = number
 		case field == 3 && text != nil && utf8.Valid(text):
 			r.Name = string(text)
+		case field == 4 && text == nil:
+			r.RequestId = number
 		default:
 			return false
 		}

@@ -127,6 +127,7 @@ func AppendOperation(b []byte, op *pb.Operation) ([]byte, error) {
 			b = appendUint(b, 1, r.GetToken())
 			b = appendUint(b, 2, r.GetLeaseId())
 			b = appendString(b, 3, r.GetName())
+			b = appendUint(b, 4, r.GetRequestId())
 			return nest(nest(b, inner, 3), at, 1), nil
 		}
 	}
@@ -162,7 +163,8 @@ func appendAcquire(b []byte, r *pb.AcquireRequest) []byte {
 	}
 	b = appendUint(b, 10, r.GetRequestId())
 	b = appendUint(b, 11, r.GetLowestOpenRequestId())
-	return appendString(b, 12, r.GetActor())
+	b = appendString(b, 12, r.GetActor())
+	return appendUint(b, 14, uint64(r.GetAttempt()))
 }
 
 // AppendAnswer appends one answer of a MultiplexResponse, as AppendOperation

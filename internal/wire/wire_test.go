@@ -24,7 +24,7 @@ func requests() []*pb.MultiplexRequest {
 	operations := []*pb.Operation{
 		acquire(&pb.AcquireRequest{Names: []string{"orders/1"}, Mode: pb.Mode_MODE_EXCLUSIVE, Ttl: &durationpb.Duration{Seconds: 30}, Owner: "host:1", WaitForever: true, RequestId: 1 << 62}),
 		acquire(&pb.AcquireRequest{Names: []string{"a", "b", ""}, Mode: pb.Mode_MODE_SHARED, Limit: 3, LeaseId: 9, Wait: &durationpb.Duration{Nanos: 5},
-			LockDelay: &durationpb.Duration{Seconds: -1, Nanos: -7}, LowestOpenRequestId: 4, Actor: "å", Owner: "host:1"}),
+			LockDelay: &durationpb.Duration{Seconds: -1, Nanos: -7}, LowestOpenRequestId: 4, Actor: "å", Owner: "host:1", Attempt: 1<<32 - 1}),
 		acquire(&pb.AcquireRequest{Names: []string{"m"}, Metadata: map[string]string{"k": "v"}, Ttl: &durationpb.Duration{}}),
 		acquire(&pb.AcquireRequest{Mode: -1, Owner: "another"}),
 		acquire(nil),

@@ -26,17 +26,21 @@ func (m *Machine) acquire(c *Acquire) Result {
 			return refuse(Refusal{Reason: ReasonInvalid, Field: "lease_id", Lease: l.id})
 		}
 		if c.Request < AnonymousRequest {
-			l = m.raiseLowest(l, c.LowestOpen)
-			seq := l.session
-			if _, found := slices.BinarySearch(seq.ended, c.Request); found || c.Request < seq.lowest {
+			if !m.random(c.Request) {
+				l = m.raiseLowest(l, c.LowestOpen)
+			}
+			if m.hasEnded(l, c.Request) {
 				return refuse(Refusal{Reason: ReasonRequestEnded, Lease: l.id})
 			}
-			if c.Request > seq.lowest+maxOutstanding {
+			if !m.at(2) && c.Request > l.session.lowest+maxOutstanding {
 				return refuse(Refusal{Reason: ReasonInvalid, Field: "request_id", Lease: l.id})
 			}
 		}
 		if a := m.acquisition(l.id, c.Request); a != nil {
 			return m.again(c, l.id, a)
+		}
+		if !m.canEnd(l, c.Request) { // what begins must be able to end
+			return refuse(Refusal{Reason: ReasonInvalid, Field: "request_id", Lease: l.id})
 		}
 	}
 	free := true
@@ -70,8 +74,12 @@ func (m *Machine) acquire(c *Acquire) Result {
 			return m.refuseAcquire(c, l, r)
 		}
 		if c.Actor != "" {
-			if circle := m.circle(c); circle != nil {
+			circle, known := m.circle(c)
+			switch {
+			case circle != nil:
 				return m.refuseAcquire(c, l, Refusal{Reason: ReasonDeadlock, Name: circle[0].Name, Circle: circle})
+			case !known:
+				return m.refuseAcquire(c, l, Refusal{Reason: ReasonDeadlockUnknown, Name: c.Names[0]})
 			}
 		}
 	}
@@ -86,7 +94,7 @@ func (m *Machine) acquire(c *Acquire) Result {
 		a = &acquisition{request: c.Request}
 	}
 	a.lease, a.place, a.since = l.id, m.places, m.stamp
-	a.terms = termsOf(c.Mode, c.Limit, c.LockDelay, c.Actor, c.Metadata)
+	a.terms = termsOf(c.Mode, c.Limit, c.LockDelay, c.Actor, c.Metadata, c.Declared && m.at(2))
 	a.setNames(c.Names)
 	if !free {
 		m.enterQueues(l, a)
@@ -132,9 +140,19 @@ func (m *Machine) refuseAcquire(c *Acquire, l *lease, r Refusal) Result {
 	return refuse(r)
 }
 
+// equal reports whether a request asks for what an acquisition is. What only
+// says how long to wait, and which requests are open, may differ.
+func (m *Machine) equal(c *Acquire, id LeaseID, a *acquisition) bool {
+	if !slices.Equal(a.names(), c.Names) || a.mode != c.Mode || a.limit != c.Limit || a.delay != c.LockDelay ||
+		a.actor != c.Actor || !slices.Equal(a.metadata, c.Metadata) || m.at(2) && a.declared != c.Declared {
+		return false
+	}
+	return c.Lease != 0 || m.lease(id).terms == leaseTermsOf(c.Owner, c.TTL)
+}
+
 // again answers a repeat of a request that is waiting or granted.
 func (m *Machine) again(c *Acquire, id LeaseID, a *acquisition) Result {
-	if a == nil || !slices.Equal(a.names(), c.Names) || a.mode != c.Mode || a.limit != c.Limit {
+	if a == nil || !m.equal(c, id, a) {
 		return refuse(Refusal{Reason: ReasonRequestMismatch, Lease: id})
 	}
 	if a.token == 0 {
@@ -187,7 +205,7 @@ func (a *acquisition) clock(i int) uint64 {
 // admits reports whether the lock, queue aside, has room for one more holder.
 func (k *lock) admits(mode Mode, limit uint32) bool {
 	switch {
-	case len(k.delays) > 0:
+	case k.delays > 0:
 		return false
 	case k.holders == 0:
 		return true

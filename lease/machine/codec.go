@@ -33,6 +33,9 @@ const (
 	kindUndeclare
 	kindReleaseClock
 	kindForget
+	kindAbandonAll
+	kindEndWait
+	kindReleaseRequest // a Release that names its request
 )
 
 // AppendBatch appends the encoding of a batch: unsigned varints, and strings
@@ -111,11 +114,30 @@ func (e *encoder) command(c Command) {
 		e.byte(kindAbandon)
 		e.uint(uint64(c.Lease))
 		e.uint(uint64(c.Request))
+	case *AbandonAll:
+		e.byte(kindAbandonAll)
+		e.uint(uint64(c.Lease))
+		e.bools(c.EndLease)
+		e.uint(uint64(len(c.Requests)))
+		for _, id := range c.Requests {
+			e.uint(uint64(id))
+		}
+	case *EndWait:
+		e.byte(kindEndWait)
+		e.uint(uint64(c.Lease))
+		e.uint(uint64(c.Request))
 	case *Release:
-		e.byte(kindRelease)
+		if c.Request != 0 {
+			e.byte(kindReleaseRequest)
+		} else {
+			e.byte(kindRelease)
+		}
 		e.uint(uint64(c.Lease))
 		e.string(c.Name)
 		e.uint(uint64(c.Token))
+		if c.Request != 0 {
+			e.uint(uint64(c.Request))
+		}
 	case *ForceRelease:
 		e.byte(kindForceRelease)
 		e.string(c.Name)
@@ -172,9 +194,25 @@ func (d *decoder) command() Command {
 		return c
 	case kindAbandon:
 		return &Abandon{Lease: LeaseID(d.uint()), Request: RequestID(d.uint())}
-	case kindRelease:
+	case kindAbandonAll:
+		c := &AbandonAll{Lease: LeaseID(d.uint())}
+		c.EndLease, _ = d.bools()
+		n := d.count(1)
+		c.Requests = make([]RequestID, 0, n)
+		for range n {
+			c.Requests = append(c.Requests, RequestID(d.uint()))
+		}
+		return c
+	case kindEndWait:
+		return &EndWait{Lease: LeaseID(d.uint()), Request: RequestID(d.uint())}
+	case kindRelease, kindReleaseRequest:
 		c := one(&d.releases, d.left)
 		c.Lease, c.Name, c.Token = LeaseID(d.uint()), d.string(), fence.Token(d.uint())
+		if kind == kindReleaseRequest {
+			if c.Request = RequestID(d.uint()); c.Request == 0 {
+				d.fail("a release that names no request")
+			}
+		}
 		return c
 	case kindForceRelease:
 		return &ForceRelease{Name: d.string(), Token: fence.Token(d.uint()), By: d.string()}
@@ -361,9 +399,17 @@ func (d *decoder) metadata() []Meta {
 }
 
 func (d *decoder) bools() (a, b bool) {
-	v := d.byte()
-	if v > 3 {
+	a, b, c := d.threeBools()
+	if c {
 		d.fail("unknown flags")
 	}
-	return v&1 != 0, v&2 != 0
+	return a, b
+}
+
+func (d *decoder) threeBools() (a, b, c bool) {
+	v := d.byte()
+	if v > 7 {
+		d.fail("unknown flags")
+	}
+	return v&1 != 0, v&2 != 0, v&4 != 0
 }

@@ -23,7 +23,8 @@ var every = []Command{
 		LockDelay: 5, Actor: "x", Metadata: []Meta{{"", "v"}, {"k", ""}}, TTL: 6, Owner: "o", Declared: true,
 	},
 	&Abandon{Lease: 1, Request: 1 << 63},
-	&Release{Lease: 1, Name: "a", Token: fence.MaxToken},
+	&AbandonAll{Lease: 1, Requests: []RequestID{1, 1 << 62}, EndLease: true}, &EndWait{Lease: 1, Request: 2},
+	&Release{Lease: 1, Name: "a", Token: fence.MaxToken, Request: 3},
 	&ForceRelease{Name: "a", Token: 2, By: "b"},
 	&EndDelay{Name: "a", Delay: 3},
 	&Declare{Name: "a"}, &Undeclare{Name: "a"}, &ReleaseClock{Name: "a", Clock: 1<<64 - 1}, &Forget{Through: 7},
@@ -76,7 +77,7 @@ func full(t testing.TB) *Machine {
 		&Acquire{Request: 54, Names: []string{"z"}, Mode: Exclusive, TTL: 5, LockDelay: 8},
 		&RevokeLease{Lease: 5, By: "ops"},
 	}})
-	if c := m.Counts(); c.Leases < 4 || c.Waiters != 1 || c.Remembered < 2 || m.memory.young.traces.Len() != 2 || m.actors.Len() != 1 {
+	if c := m.Counts(); c.Leases < 4 || c.Waiters != 1 || c.Remembered < 2 || m.memory.young.traces.Len() != 2 || m.actors.Len() != 2 {
 		t.Fatalf("%+v", c)
 	}
 	return m

@@ -9,13 +9,18 @@ type LeaseID uint64
 // RequestID names one acquisition, so that a retry finds the first attempt.
 //
 //   - Under a lease of the client's (Acquire.Lease != 0) ids below
-//     AnonymousRequest are sequence numbers: every request carries the lowest
+//     RandomRequest are sequence numbers: every request carries the lowest
 //     one still open and the machine refuses lower ones (RIFL, SOSP 2015).
+//   - Those from RandomRequest on are random, for a lease that several clients
+//     have, and remembered after their end, bounded in count and until Forget.
 //   - With a lease of its own (Acquire.Lease == 0) the id is random and is
 //     remembered after its end, bounded in count and until Forget.
 //   - An id with the top bit set was made up by the server for a caller that
 //     gave none. It is unique but not remembered.
 type RequestID uint64
+
+// RandomRequest is the lowest id under a lease that is not a sequence number.
+const RandomRequest RequestID = 1 << 62
 
 // AnonymousRequest is the bit that marks a request id made by the server.
 const AnonymousRequest RequestID = 1 << 63
@@ -92,6 +97,22 @@ type Abandon struct {
 	Request RequestID
 }
 
+// AbandonAll is Abandon of several requests. With EndLease it also ends the
+// lease: everything held under it is released, without lock-delay, and whoever
+// waits under it leaves. A lease that is gone is passed over. (Level 2.)
+type AbandonAll struct {
+	Lease    LeaseID
+	Requests []RequestID
+	EndLease bool
+}
+
+// EndWait takes a waiter out of its queues, and ends its request. One that is
+// granted is left alone, and is the result. (Level 2.)
+type EndWait struct {
+	Lease   LeaseID // 0 for a request with a lease of its own
+	Request RequestID
+}
+
 // Release gives a hold back cleanly. Lease 0 means whichever lease holds it.
 // Name, when not empty, must be one of the hold's locks. All locks of the
 // acquisition are released together; a lease of its own ends with it.
@@ -99,6 +120,9 @@ type Release struct {
 	Lease LeaseID
 	Name  string
 	Token fence.Token
+	// Request, with Lease, is that of the grant: a repeat is then told right
+	// however much has ended since. 0: not said. (Level 2.)
+	Request RequestID
 }
 
 // ForceRelease breaks the hold with Token on Name, or every hold on Name when
@@ -138,6 +162,8 @@ func (*RevokeLease) command()  {}
 func (*ExpireLeases) command() {}
 func (*Acquire) command()      {}
 func (*Abandon) command()      {}
+func (*AbandonAll) command()   {}
+func (*EndWait) command()      {}
 func (*Release) command()      {}
 func (*ForceRelease) command() {}
 func (*EndDelay) command()     {}

@@ -13,7 +13,7 @@ func (m *Machine) grantLease(c *GrantLease) Result {
 	if c.Request != 0 {
 		if id, ok := m.requests[c.Request]; ok {
 			l := m.lease(id)
-			if l.own() || l.terms != leaseTermsOf(c.Owner, c.TTL) {
+			if l.own() || l.terms != leaseTermsOf(c.Owner, c.TTL) || !slices.Equal(l.session.metadata, c.Metadata) {
 				return refuse(Refusal{Reason: ReasonRequestMismatch, Lease: l.id})
 			}
 			return Result{Lease: l.id}
@@ -95,6 +95,9 @@ func (m *Machine) endLease(l *lease, cause EndCause, by string) {
 // dropLease takes a lease, whose acquisitions have ended, out of the tables.
 func (m *Machine) dropLease(l *lease, cause EndCause, by string) {
 	m.leases.Delete(l.id)
+	if !l.own() && l.session.spans > 0 {
+		m.dropSpans(l.id, &session{spans: l.session.spans}, AnonymousRequest)
+	}
 	request := l.request()
 	if request != 0 {
 		delete(m.requests, request)
@@ -110,33 +113,6 @@ func (m *Machine) dropLease(l *lease, cause EndCause, by string) {
 	m.memory.remember(end)
 }
 
-// endedUnder marks a sequence number as ended under a live lease, so that a
-// late duplicate is refused.
-func (m *Machine) endedUnder(l *lease, req RequestID) {
-	if l.own() || req == 0 || req >= AnonymousRequest {
-		return
-	}
-	seq := *l.session
-	at, found := slices.BinarySearch(seq.ended, req)
-	if found || req < seq.lowest {
-		return
-	}
-	seq.ended = slices.Insert(slices.Clone(seq.ended), at, req)
-	m.setSession(l, &seq)
-}
-
-// raiseLowest moves the lowest open sequence number up.
-func (m *Machine) raiseLowest(l *lease, lowest RequestID) *lease {
-	seq := *l.session
-	if lowest <= seq.lowest {
-		return l
-	}
-	seq.lowest = lowest
-	at, _ := slices.BinarySearch(seq.ended, lowest)
-	seq.ended = slices.Clone(seq.ended[at:])
-	return m.setSession(l, &seq)
-}
-
 func (m *Machine) setSession(l *lease, s *session) *lease {
 	fresh := *l
 	fresh.session = s
@@ -144,14 +120,29 @@ func (m *Machine) setSession(l *lease, s *session) *lease {
 	return &fresh
 }
 
-// recordForced keeps, on a live lease, that one of its holds was broken.
-func (m *Machine) recordForced(id LeaseID, token fence.Token, end Ended) {
+// recordLost keeps, on a live lease, that one of its holds ended otherwise than
+// by the word of who has it.
+func (m *Machine) recordLost(id LeaseID, token fence.Token, end Ended) {
 	l := m.lease(id)
 	seq := *l.session
-	list := slices.Clone(seq.forced)
-	if len(list) == maxForced {
+	list := slices.Clone(seq.lost)
+	if len(list) == maxLost {
+		if m.at(2) {
+			seq.dropped++
+			seq.droppedTo = max(seq.droppedTo, list[0].Token)
+		}
 		list = list[1:]
 	}
-	seq.forced = append(list, forced{token, end})
+	seq.lost = append(list, Lost{token, end})
 	m.setSession(l, &seq)
+}
+
+// Losses returns the latest losses under a live lease, at most 64, the oldest
+// first, and how many there were in all. Nobody may change the list.
+func (m *state) Losses(id LeaseID) ([]Lost, uint64) {
+	l := m.lease(id)
+	if l == nil || l.own() {
+		return nil, 0
+	}
+	return l.session.lost, l.session.dropped + uint64(len(l.session.lost))
 }

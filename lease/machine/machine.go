@@ -40,6 +40,7 @@ type View struct{ state }
 // search touches no record on its way. What most leases and locks have once is
 // in their record: an own lease's acquisition, a lock's sole holder.
 type state struct {
+	level    Level
 	minted   uint64 // highest token minted
 	leaseIDs uint64 // highest lease id minted
 	revision uint64 // of the last event
@@ -54,7 +55,9 @@ type state struct {
 	locks   *btree.Map[string, *lock] // by name
 	holders *btree.BTreeG[place]      // of locks with several, by lock name, token
 	queues  *btree.BTreeG[place]      // by lock name, place
-	actors  *btree.BTreeG[place]      // waiting acquisitions by actor, place
+	actors  *btree.BTreeG[place]      // acquisitions by actor, place
+	ended   *btree.BTreeG[span]       // sequence numbers, by lease
+	delays  *btree.BTreeG[delayOf]    // lock-delays by lock name, id
 	memory  memory
 }
 
@@ -97,19 +100,19 @@ type session struct {
 	after    fence.Token // highest token minted before the lease was made
 
 	// What it remembers of its requests (RIFL).
-	lowest RequestID   // ids below it are refused
-	ended  []RequestID // ids at or above lowest that have ended, sorted
-	forced []forced    // holds force-released under the live lease, oldest first
-}
+	lowest RequestID // sequence numbers below it are refused
+	spans  int32     // in the table of those at or above it that have ended
 
-type forced struct {
-	token fence.Token
-	end   Ended
+	// Holds lost under the live lease, oldest first; how many were left out,
+	// and the highest token of those.
+	lost      []Lost
+	dropped   uint64
+	droppedTo fence.Token
 }
 
 const (
-	maxOutstanding = 1 << 16 // sequence numbers above a lease's lowest open one
-	maxForced      = 64      // forced holds remembered per lease
+	maxOutstanding = 1 << 16 // sequence numbers above a lease's lowest open one, at the first level
+	maxLost        = 64      // lost holds remembered per lease
 )
 
 // acquisition is one request for locks, waiting (token 0) or granted. It is
@@ -148,6 +151,7 @@ type terms struct {
 	limit    uint32
 	delay    Duration
 	actor    string
+	declared bool // every lock had to be
 	metadata []Meta
 	several  []string      // the locks, when there are more than one
 	floors   []fence.Token // by name, when they differ from token
@@ -156,11 +160,11 @@ type terms struct {
 
 var plain = [...]*terms{Exclusive: {mode: Exclusive}, Shared: {mode: Shared}}
 
-func termsOf(mode Mode, limit uint32, delay Duration, actor string, metadata []Meta) *terms {
-	if limit == 0 && delay == 0 && actor == "" && len(metadata) == 0 {
+func termsOf(mode Mode, limit uint32, delay Duration, actor string, metadata []Meta, declared bool) *terms {
+	if limit == 0 && delay == 0 && actor == "" && len(metadata) == 0 && !declared {
 		return plain[mode]
 	}
-	return &terms{mode: mode, limit: limit, delay: delay, actor: actor, metadata: metadata}
+	return &terms{mode: mode, limit: limit, delay: delay, actor: actor, metadata: metadata, declared: declared}
 }
 
 // lock is the record of a lock that is held, waited for, delayed or declared.
@@ -177,9 +181,9 @@ type traits struct {
 	shared   int32  // holders and waiters in shared mode: while > 0 limit is the lock's
 	limit    uint32 // meaningful while shared > 0
 	declared bool
-	clock    uint64 // of a declared lock
-	expires  int64  // of a declared lock's last grant
-	delays   []Delay
+	delays   int32       // in the table
+	clock    uint64      // of a declared lock
+	expires  int64       // of a declared lock's last grant
 	last     fence.Token // granted on it, unless that is the sole holder's
 }
 
@@ -201,7 +205,7 @@ func (l *lock) setClock(clock uint64, expires int64) {
 	l.change(func(t *traits) { t.clock, t.expires = clock, expires })
 }
 
-func (l *lock) setDelays(list []Delay) { l.change(func(t *traits) { t.delays = list }) }
+func (l *lock) addDelays(n int32) { l.change(func(t *traits) { t.delays += n }) }
 
 // last is the last token granted on the lock, as far as is remembered.
 func (l *lock) last() fence.Token {
@@ -226,11 +230,24 @@ func (l *lock) mode() Mode {
 }
 
 // place is an acquisition's entry in an ordered table: of a lock's holders by
-// token, of its queue or of an actor's waits by place.
+// token, of its queue or of an actor's by place.
 type place struct {
 	key string
 	n   uint64
 	acq *acquisition
+}
+
+// delayOf is a lock-delay's entry in the table.
+type delayOf struct {
+	name string
+	Delay
+}
+
+func lessDelay(a, b delayOf) bool {
+	if a.name != b.name {
+		return a.name < b.name
+	}
+	return a.ID < b.ID
 }
 
 // under is an acquisition's entry in the table of all.
@@ -258,18 +275,23 @@ func lessUnder(a, b under) bool {
 	return a.request < b.request
 }
 
-// New returns an empty machine whose first token and first lease id are the
-// successor of base.
-func New(base uint64) *Machine {
+// New returns an empty machine at the newest level, whose first token and first
+// lease id are the successor of base.
+func New(base uint64) *Machine { return NewAt(base, NewestLevel) }
+
+// NewAt is New at a level.
+func NewAt(base uint64, level Level) *Machine {
 	return &Machine{
 		state: state{
-			minted: base, leaseIDs: base,
+			level: level, minted: base, leaseIDs: base,
 			leases:  &btree.Map[LeaseID, *lease]{},
 			acqs:    table(lessUnder),
 			locks:   &btree.Map[string, *lock]{},
 			holders: table(lessPlace),
 			queues:  table(lessPlace),
 			actors:  table(lessPlace),
+			ended:   newSpans(),
+			delays:  table(lessDelay),
 			memory:  newMemory(),
 		},
 		tokens:   make(map[fence.Token]*acquisition),
@@ -282,6 +304,7 @@ func (m *Machine) Copy() *View {
 	v := &View{m.state}
 	v.leases, v.acqs, v.locks = m.leases.IsoCopy(), m.acqs.IsoCopy(), m.locks.IsoCopy()
 	v.holders, v.queues, v.actors = m.holders.IsoCopy(), m.queues.IsoCopy(), m.actors.IsoCopy()
+	v.ended, v.delays = m.ended.IsoCopy(), m.delays.IsoCopy()
 	v.memory = m.memory.view()
 	return v
 }
@@ -316,6 +339,10 @@ func (m *Machine) apply(c Command, term uint64) Result {
 		return m.acquire(c)
 	case *Abandon:
 		return m.abandon(c)
+	case *AbandonAll:
+		return m.abandonAll(c)
+	case *EndWait:
+		return m.endWait(c)
 	case *Release:
 		return m.release(c)
 	case *ForceRelease:
@@ -363,9 +390,13 @@ func (m *state) acquisition(id LeaseID, req RequestID) *acquisition {
 	return u.acq
 }
 
-// enter makes an acquisition the one that its lease has under its request. An
-// own lease, whose record it is in, is entered with it.
+// enter makes an acquisition the one that its lease has under its request, and
+// its actor at its place. An own lease, whose record it is in, is entered with
+// it.
 func (m *Machine) enter(l *lease, a *acquisition) {
+	if a.actor != "" {
+		m.actors.Set(place{a.actor, a.place, a})
+	}
 	if l.own() {
 		m.leases.Set(l.id, l)
 		return
@@ -375,6 +406,9 @@ func (m *Machine) enter(l *lease, a *acquisition) {
 
 // remove is the reverse of enter. An own lease must be dropped, too.
 func (m *Machine) remove(l *lease, a *acquisition) {
+	if a.actor != "" {
+		m.actors.Delete(place{key: a.actor, n: a.place})
+	}
 	if !l.own() {
 		m.acqs.Delete(under{lease: a.lease, request: a.request})
 	}
@@ -498,12 +532,12 @@ func (m *state) lock(name string) *lock {
 // onlyHeldOnce reports whether nothing but its one hold keeps the lock in
 // existence.
 func (l *lock) onlyHeldOnce() bool {
-	return l.holders == 1 && l.waiters == 0 && len(l.delays) == 0 && !l.declared
+	return l.holders == 1 && l.waiters == 0 && l.delays == 0 && !l.declared
 }
 
 // dropIfIdle forgets a lock that nothing keeps in existence.
 func (m *Machine) dropIfIdle(name string, l *lock) {
-	if l.holders == 0 && l.waiters == 0 && len(l.delays) == 0 && !l.declared {
+	if l.holders == 0 && l.waiters == 0 && l.delays == 0 && !l.declared {
 		m.locks.Delete(name)
 	}
 }

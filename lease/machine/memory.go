@@ -14,7 +14,8 @@ import (
 const MinRemembered = 1 << 16
 
 // past is one thing that has ended and is remembered: a request with a lease
-// of its own, a lease, a lost hold, or several of them at once.
+// of its own, one with a random id under a lease, a lease, a lost hold, or
+// several of them at once.
 type past struct {
 	n        uint64 // in order of end
 	revision uint64 // the store's at the end
@@ -31,6 +32,10 @@ type past struct {
 func (p *past) ended() *Ended {
 	return &Ended{Cause: p.cause, By: p.by, At: p.at, Revision: p.revision}
 }
+
+// underLease reports whether the past is of a request under a lease that may
+// live on.
+func (p *past) underLease() bool { return p.request != 0 && p.lease != 0 && !p.leaseEnd }
 
 // lost reports whether the past is of a hold that did not end cleanly.
 func (p *past) lost() bool { return p.token != 0 && p.cause != EndReleased }
@@ -56,7 +61,14 @@ type generation struct {
 	// The n of a past, which may be forgotten.
 	byLease   map[LeaseID]uint64
 	byRequest map[RequestID]uint64
+	byUnder   map[underKey]uint64 // nil while there are none
 	byToken   map[fence.Token]uint64
+}
+
+// underKey is a request under a lease.
+type underKey struct {
+	lease   LeaseID
+	request RequestID
 }
 
 func newMemory() memory { return memory{young: newGeneration(), old: newGeneration()} }
@@ -119,7 +131,13 @@ func (m *memory) add(p past) {
 	if p.leaseEnd {
 		g.byLease[p.lease] = p.n
 	}
-	if p.request != 0 {
+	switch {
+	case p.underLease():
+		if g.byUnder == nil {
+			g.byUnder = make(map[underKey]uint64)
+		}
+		g.byUnder[underKey{p.lease, p.request}] = p.n
+	case p.request != 0:
 		g.byRequest[p.request] = p.n
 	}
 	if p.token != 0 {
@@ -133,6 +151,7 @@ func (g *generation) clear() {
 	g.traces = &btree.Map[string, fence.Token]{}
 	clear(g.byLease)
 	clear(g.byRequest)
+	g.byUnder = nil
 	clear(g.byToken)
 }
 
@@ -170,6 +189,11 @@ func (m *memory) lease(id LeaseID) *past {
 
 func (m *memory) request(id RequestID) *past {
 	return m.find(m.young.byRequest[id], m.old.byRequest[id])
+}
+
+func (m *memory) requestUnder(id LeaseID, req RequestID) *past {
+	key := underKey{id, req}
+	return m.find(m.young.byUnder[key], m.old.byUnder[key])
 }
 
 func (m *memory) token(token fence.Token) *past {

@@ -3,6 +3,8 @@ package machine
 import (
 	"bytes"
 	"fmt"
+	"math"
+	"reflect"
 	"slices"
 	"sort"
 	"strings"
@@ -17,6 +19,7 @@ import (
 // and linear scans, no index, no order of settling. It shares nothing with the
 // machine but the types of commands.
 type oracle struct {
+	level    Level
 	leases   []*oLease
 	acqs     []*oAcq // in order of arrival
 	delays   map[string][]uint64
@@ -36,6 +39,7 @@ type oLease struct {
 	lowest RequestID
 	ended  map[RequestID]bool
 	ttl    Duration
+	losses uint64
 }
 
 type oAcq struct {
@@ -46,8 +50,9 @@ type oAcq struct {
 	clocks []uint64
 }
 
-func newOracle() *oracle {
+func newOracle(level Level) *oracle {
 	return &oracle{
+		level:  level,
 		delays: map[string][]uint64{}, declared: map[string]*uint64{}, ended: map[RequestID]bool{},
 		gone: map[LeaseID]EndCause{}, lost: map[fence.Token]EndCause{},
 		released: map[fence.Token]*oAcq{}, mintedBy: map[fence.Token]LeaseID{},
@@ -151,6 +156,9 @@ func (o *oracle) giveBack(a *oAcq, cause EndCause) {
 		o.endLease(l, cause)
 		return
 	}
+	if cause != EndReleased {
+		l.losses++
+	}
 	o.end(a, cause)
 	l.ended[a.c.Request] = true
 }
@@ -189,6 +197,21 @@ func (o *oracle) apply(c Command, term uint64, nextLease LeaseID) answer {
 		return o.acquire(c, nextLease)
 	case *Abandon:
 		o.abandon(c)
+	case *AbandonAll:
+		if o.level < 2 {
+			return answer{reason: ReasonInvalid}
+		}
+		for _, id := range c.Requests {
+			o.abandon(&Abandon{Lease: c.Lease, Request: id})
+		}
+		if l := o.lease(c.Lease); l != nil && c.EndLease {
+			o.endLease(l, EndReleased)
+		}
+	case *EndWait:
+		if o.level < 2 {
+			return answer{reason: ReasonInvalid}
+		}
+		return o.endWait(c)
 	case *Release:
 		return answer{reason: o.release(c)}
 	case *ForceRelease:
@@ -252,13 +275,27 @@ func (o *oracle) acquire(c *Acquire, nextLease LeaseID) answer {
 		if l.own {
 			return answer{reason: ReasonInvalid}
 		}
-		l.lowest = max(l.lowest, c.LowestOpen)
-		if c.Request < l.lowest || l.ended[c.Request] {
+		random := c.Request >= RandomRequest && o.level >= 2
+		if !random {
+			l.lowest = max(l.lowest, c.LowestOpen)
+		}
+		if !random && c.Request < l.lowest || l.ended[c.Request] {
 			return answer{reason: ReasonRequestEnded}
+		}
+		if o.level < 2 && c.Request > l.lowest+maxOutstanding {
+			return answer{reason: ReasonInvalid}
 		}
 	}
 	if a := o.find(id, c.Request); id != 0 && a != nil {
-		if !slices.Equal(a.c.Names, c.Names) || a.c.Mode != c.Mode || a.c.Limit != c.Limit {
+		same := *a.c // what may differ
+		same.Wait, same.LowestOpen = c.Wait, c.LowestOpen
+		if o.level < 2 {
+			same.Declared = c.Declared
+		}
+		if c.Lease != 0 {
+			same.TTL, same.Owner = c.TTL, c.Owner
+		}
+		if !reflect.DeepEqual(&same, c) {
 			return answer{reason: ReasonRequestMismatch}
 		}
 		return answer{lease: id, waiting: a.token == 0, granted: a.token != 0}
@@ -345,8 +382,41 @@ func (o *oracle) abandon(c *Abandon) {
 	}
 }
 
+func (o *oracle) endWait(c *EndWait) answer {
+	id := c.Lease
+	for _, l := range o.leases {
+		if id == 0 && l.own && l.req == c.Request {
+			id = l.id
+		}
+	}
+	a := o.find(id, c.Request)
+	l := o.lease(c.Lease)
+	switch {
+	case id != 0 && a != nil && a.token != 0:
+		return answer{lease: id, granted: true}
+	case id != 0 && a != nil:
+		o.giveBack(a, EndReleased)
+		return answer{lease: id}
+	case c.Lease == 0 && o.ended[c.Request]:
+		return answer{reason: ReasonRequestEnded}
+	case c.Lease == 0:
+		return answer{reason: ReasonRequestNotFound}
+	case l == nil:
+		return answer{reason: o.leaseGone(c.Lease)}
+	case !l.own && (l.ended[c.Request] || c.Request < l.lowest):
+		return answer{reason: ReasonRequestEnded}
+	}
+	return answer{reason: ReasonRequestNotFound}
+}
+
 func (o *oracle) release(c *Release) Reason {
-	if a := o.holding(c.Token, c.Name); a != nil && (c.Lease == 0 || a.lease == c.Lease) {
+	if c.Request != 0 && (o.level < 2 || c.Lease == 0) {
+		return ReasonInvalid
+	}
+	if a := o.holding(c.Token, c.Name); a != nil && (c.Lease == 0 || a.lease == c.Lease) && (c.Request == 0 || c.Request == a.c.Request) {
+		if l := o.lease(a.lease); c.Lease == 0 && o.level >= 2 {
+			l.losses++ // which matters of a client's lease
+		}
 		o.giveBack(a, EndReleased)
 		return ""
 	}
@@ -526,6 +596,62 @@ func restored(t interface{ Fatalf(string, ...any) }, b []byte) *Machine {
 	return m
 }
 
+// deadlockIsFound looks for the deadlock that a request would close from both
+// ends: they agree, and what they find is one.
+func deadlockIsFound(t interface{ Fatalf(string, ...any) }, m *Machine, c Command) {
+	a, ok := c.(*Acquire)
+	if !ok || a.Actor == "" {
+		return
+	}
+	ahead, known := m.forward(a, math.MaxInt)
+	behind, known2 := m.backward(a, math.MaxInt)
+	if (ahead == nil) != (behind == nil) || !known || !known2 {
+		t.Fatalf("%+v: forward %v, backward %v\n%s", a, ahead, behind, show(&m.state))
+	}
+	for _, path := range [][]Link{ahead, behind} {
+		for i := range path[:max(len(path)-1, 0)] {
+			if !m.waitsFor(a, path[i], path[i+1], i == 0) {
+				t.Fatalf("%+v: %v, of which %v does not wait for %v\n%s", a, path, path[i], path[i+1], show(&m.state))
+			}
+		}
+		if n := len(path); n > 0 && (n < 2 || path[0].Actor != a.Actor || path[n-1].Actor != a.Actor) {
+			t.Fatalf("%+v: %v is no circle", a, path)
+		}
+	}
+}
+
+// waitsFor reports whether one link of a circle is true: the first one is the
+// request's own.
+func (m *Machine) waitsFor(c *Acquire, link, next Link, first bool) bool {
+	of := func(a *acquisition, l Link) bool { return a.actor == l.Actor && (l.Actor != "" || a.lease == l.Lease) }
+	before := []uint64{}
+	if first {
+		before = append(before, math.MaxUint64)
+	} else {
+		m.queues.Scan(func(p place) bool {
+			if p.key == link.Name && of(p.acq, link) {
+				before = append(before, p.n)
+			}
+			return true
+		})
+	}
+	for _, n := range before {
+		found := false
+		m.eachHolder(link.Name, m.lock(link.Name), func(h *acquisition) bool {
+			found = found || of(h, next)
+			return true
+		})
+		m.queues.Ascend(place{key: link.Name}, func(p place) bool {
+			found = found || p.key == link.Name && p.n < n && of(p.acq, next)
+			return p.key == link.Name
+		})
+		if found {
+			return true
+		}
+	}
+	return false
+}
+
 // draw makes a command over few names, leases, requests and actors, so that
 // they meet.
 func draw(t *rapid.T, m *Machine, delays []EndDelay, tokens fence.Token) Command {
@@ -536,7 +662,13 @@ func draw(t *rapid.T, m *Machine, delays []EndDelay, tokens fence.Token) Command
 		return fence.Token(rapid.IntRange(1, int(tokens)+1).Draw(t, "token"))
 	}
 	req := func() RequestID { return RequestID(rapid.IntRange(1, 9).Draw(t, "request")) }
-	switch k := rapid.IntRange(0, 29).Draw(t, "kind"); {
+	underLease := func() RequestID {
+		if rapid.IntRange(0, 3).Draw(t, "random") == 0 {
+			return RandomRequest + req()
+		}
+		return req()
+	}
+	switch k := rapid.IntRange(0, 32).Draw(t, "kind"); {
 	case k < 13:
 		c := &Acquire{Request: req(), Mode: Exclusive, Wait: rapid.IntRange(0, 3).Draw(t, "wait") > 0, TTL: 5}
 		switch rapid.IntRange(0, 7).Draw(t, "names") {
@@ -554,11 +686,8 @@ func draw(t *rapid.T, m *Machine, delays []EndDelay, tokens fence.Token) Command
 			c.Limit = uint32([]int{0, 2, 2, 3}[rapid.IntRange(0, 3).Draw(t, "limit")])
 		}
 		if rapid.IntRange(0, 2).Draw(t, "own") == 0 {
-			c.Lease, c.TTL = leaseID(), 0
-			c.LowestOpen = RequestID(rapid.IntRange(0, 2).Draw(t, "lowest"))
-			if c.LowestOpen > c.Request {
-				c.LowestOpen = c.Request
-			}
+			c.Lease, c.TTL, c.Request = leaseID(), 0, underLease()
+			c.LowestOpen = min(RequestID(rapid.IntRange(0, 2).Draw(t, "lowest")), c.Request)
 		}
 		if rapid.IntRange(0, 3).Draw(t, "delay") == 0 {
 			c.LockDelay = 7
@@ -578,11 +707,14 @@ func draw(t *rapid.T, m *Machine, delays []EndDelay, tokens fence.Token) Command
 		case 2:
 			c.Lease, c.Name = leaseID(), name()
 		}
+		if rapid.IntRange(0, 2).Draw(t, "by request") == 0 {
+			c.Request = underLease()
+		}
 		return c
 	case k < 22:
 		c := &Abandon{Request: req()}
 		if rapid.Bool().Draw(t, "under") {
-			c.Lease = leaseID()
+			c.Lease, c.Request = leaseID(), underLease()
 		}
 		return c
 	case k < 23:
@@ -603,7 +735,26 @@ func draw(t *rapid.T, m *Machine, delays []EndDelay, tokens fence.Token) Command
 		return &EndDelay{Name: name(), Delay: 1}
 	case k < 28:
 		return &Declare{Name: name()}
-	case k < 29:
+	case k < 31:
+		if rapid.Bool().Draw(t, "own") {
+			return &EndWait{Request: req()}
+		}
+		return &EndWait{Lease: leaseID(), Request: underLease()}
+	case k < 32:
+		c := &AbandonAll{}
+		under := rapid.Bool().Draw(t, "under")
+		if under {
+			c.Lease, c.EndLease = leaseID(), rapid.Bool().Draw(t, "end")
+		}
+		for range rapid.IntRange(0, 3).Draw(t, "requests") {
+			if under {
+				c.Requests = append(c.Requests, underLease())
+			} else {
+				c.Requests = append(c.Requests, req())
+			}
+		}
+		return c
+	case k < 33 && rapid.Bool().Draw(t, "clock"):
 		return &ReleaseClock{Name: name(), Clock: uint64(rapid.IntRange(0, 4).Draw(t, "clock"))}
 	}
 	return &Undeclare{Name: name()}
@@ -614,7 +765,8 @@ func draw(t *rapid.T, m *Machine, delays []EndDelay, tokens fence.Token) Command
 // restore: same commands, same bytes. Run more of them with -rapid.checks.
 func TestOracle(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		m, twin, o := New(0), New(0), newOracle()
+		level := Level(rapid.IntRange(int(FirstLevel), int(NewestLevel)).Draw(t, "level"))
+		m, twin, o := NewAt(0, level), NewAt(0, level), newOracle(level)
 		var delays []EndDelay
 		steps := rapid.IntRange(1, 24).Draw(t, "steps")
 		for step := range steps {
@@ -628,6 +780,7 @@ func TestOracle(t *testing.T) {
 			// Whoever reads a copy is not disturbed.
 			before := show(&m.state)
 			copied, was := m.Copy(), snapshotOf(t, m)
+			deadlockIsFound(t, m, c)
 			want := o.apply(c, 1, LeaseID(m.leaseIDs+1))
 			out := m.Apply(batch)
 			if !bytes.Equal(snapshotOf(t, copied), was) {
@@ -661,6 +814,11 @@ func TestOracle(t *testing.T) {
 			}
 			if a, b := show(&m.state), o.show(); a != b {
 				t.Fatalf("step %d %T%+v\nmachine:\n%s\noracle:\n%s", step, c, c, a, b)
+			}
+			for _, l := range o.leases {
+				if _, n := m.Losses(l.id); !l.own && n != l.losses {
+					t.Fatalf("step %d %T%+v: lease %d has %d losses, want %d", step, c, c, l.id, n, l.losses)
+				}
 			}
 			for i, e := range out.Events {
 				if want := copied.Revision() + uint64(i) + 1; e.Revision != want {

@@ -1,5 +1,7 @@
 package machine
 
+import "slices"
+
 // enterQueues gives an acquisition its place in the queue of each of its
 // locks, in one step: that two such requests enter atomically is why they
 // cannot deadlock each other.
@@ -11,9 +13,6 @@ func (m *Machine) enterQueues(l *lease, a *acquisition) {
 			k.share(1, a.limit)
 		}
 		m.queues.Set(place{name, a.place, a})
-	}
-	if a.actor != "" {
-		m.actors.Set(place{a.actor, a.place, a})
 	}
 	m.enter(l, a)
 	m.waits++
@@ -31,9 +30,6 @@ func (m *Machine) dequeue(a *acquisition) {
 		}
 		m.queues.Delete(place{key: name, n: a.place})
 		m.dropIfIdle(name, k)
-	}
-	if a.actor != "" {
-		m.actors.Delete(place{key: a.actor, n: a.place})
 	}
 }
 
@@ -82,29 +78,39 @@ func (m *Machine) endHold(l *lease, a *acquisition, cause EndCause, by string) {
 func (m *Machine) startDelay(name string, d Duration) {
 	// The delay's id is its event's revision: unique, and the same everywhere.
 	delay := Delay{ID: m.revision + 1, Duration: d, Since: m.stamp}
-	k := m.editLock(name)
-	k.setDelays(append(k.delays[:len(k.delays):len(k.delays)], delay))
+	m.editLock(name).addDelays(1)
+	m.delays.Set(delayOf{name, delay})
 	m.emit(Event{Kind: EventDelayStarted, Locks: named([]string{name}), Delay: delay})
 }
 
 func (m *Machine) endDelay(c *EndDelay) Result {
-	k := m.lock(c.Name)
-	if k == nil {
+	ended, ok := m.delays.Delete(delayOf{c.Name, Delay{ID: c.Delay}})
+	if !ok {
 		return Result{}
 	}
-	for i, d := range k.delays {
-		if d.ID != c.Delay {
-			continue
-		}
-		fresh := m.editLock(c.Name)
-		fresh.setDelays(append(append([]Delay(nil), k.delays[:i]...), k.delays[i+1:]...))
-		m.dropIfIdle(c.Name, fresh)
-		m.emit(Event{Kind: EventDelayEnded, Locks: named([]string{c.Name}), Delay: d})
-		m.dirty = append(m.dirty, c.Name)
-		m.settle()
-		break
-	}
+	k := m.editLock(c.Name)
+	k.addDelays(-1)
+	m.dropIfIdle(c.Name, k)
+	m.emit(Event{Kind: EventDelayEnded, Locks: named([]string{c.Name}), Delay: ended.Delay})
+	m.dirty = append(m.dirty, c.Name)
+	m.settle()
 	return Result{}
+}
+
+// delaysOf lists the latest lock-delays of a lock, in order, at most limit.
+func (m *state) delaysOf(name string, k *lock, limit int) (list []Delay) {
+	if k == nil || k.delays == 0 {
+		return nil
+	}
+	m.delays.Descend(delayOf{name, Delay{ID: ^uint64(0)}}, func(d delayOf) bool {
+		if d.name != name || len(list) == limit {
+			return false
+		}
+		list = append(list, d.Delay)
+		return true
+	})
+	slices.Reverse(list)
+	return list
 }
 
 // settle grants whatever has become grantable at the locks in m.dirty, in the

@@ -2,6 +2,7 @@ package machine
 
 import (
 	"fmt"
+	"sort"
 	"strings"
 
 	"github.com/distlock/distlock/fence"
@@ -66,9 +67,18 @@ func (m *state) AscendLeases(after LeaseID, fn func(Lease) bool) {
 }
 
 // EachLease calls fn for every live lease, in order of id, until it returns
-// false.
-func (m *state) EachLease(fn func(id LeaseID, ttl Duration) bool) {
-	m.leases.Scan(func(_ LeaseID, l *lease) bool { return fn(l.id, l.ttl()) })
+// false. lossy tells that Losses has some.
+func (m *state) EachLease(fn func(id LeaseID, ttl Duration, lossy bool) bool) {
+	m.leases.Scan(func(_ LeaseID, l *lease) bool { return fn(l.id, l.ttl(), !l.own() && len(l.session.lost) > 0) })
+}
+
+// RequestGone says what is remembered of a request with a lease of its own that
+// Find does not find.
+func (m *Machine) RequestGone(req RequestID) *Refusal {
+	if end := m.memory.request(req); end != nil {
+		return &Refusal{Reason: ReasonRequestEnded, Lease: end.lease, Token: end.token, Ended: end.ended()}
+	}
+	return &Refusal{Reason: ReasonRequestNotFound}
 }
 
 // EachWaiter calls fn for every waiting acquisition, until it returns false.
@@ -85,14 +95,7 @@ func (m *state) EachWaiter(fn func(id LeaseID, own bool, request RequestID) bool
 
 // EachDelay calls fn for every lock-delay that has not ended.
 func (m *state) EachDelay(fn func(name string, d Delay) bool) {
-	m.locks.Scan(func(name string, k *lock) bool {
-		for _, d := range k.delays {
-			if !fn(name, d) {
-				return false
-			}
-		}
-		return true
-	})
+	m.delays.Scan(func(d delayOf) bool { return fn(d.name, d.Delay) })
 }
 
 // Find returns an acquisition that waits or is granted. Lease 0 means one
@@ -133,24 +136,24 @@ func (m *state) obstacles(names []string, mode Mode, limit uint32, before uint64
 		if k == nil {
 			continue
 		}
-		o := Obstacle{Name: name, Delays: k.delays, Limit: limit, HolderCount: int(k.holders)}
-		ahead := 0
-		m.queues.Ascend(place{key: name}, func(p place) bool {
-			if p.key != name || p.n >= before {
-				return false
-			}
-			ahead++
-			if len(o.Ahead) < MaxExplained {
-				o.Ahead = append(o.Ahead, m.showWaiter(p.acq))
-			}
-			return true
-		})
+		ahead := int(k.waiters)
 		if before != ^uint64(0) {
-			o.Position = ahead + 1
+			ahead = m.rank(place{key: name, n: before}) - m.rank(place{key: name})
 		}
 		if ahead == 0 && k.admits(mode, limit) {
 			continue
 		}
+		o := Obstacle{Name: name, Limit: limit, HolderCount: int(k.holders), Delays: m.delaysOf(name, k, MaxExplained)}
+		if before != ^uint64(0) {
+			o.Position = ahead + 1
+		}
+		m.queues.Ascend(place{key: name}, func(p place) bool {
+			if p.key != name || p.n >= before || len(o.Ahead) == MaxExplained {
+				return false
+			}
+			o.Ahead = append(o.Ahead, m.showWaiter(p.acq))
+			return true
+		})
 		m.eachHolder(name, k, func(a *acquisition) bool {
 			o.Holders = append(o.Holders, m.showHolder(name, a))
 			return len(o.Holders) < MaxExplained
@@ -158,6 +161,14 @@ func (m *state) obstacles(names []string, mode Mode, limit uint32, before uint64
 		list = append(list, o)
 	}
 	return list
+}
+
+// rank counts the places before one in the table of all queues, in O(log² n).
+func (m *state) rank(p place) int {
+	return sort.Search(m.queues.Len(), func(i int) bool {
+		at, _ := m.queues.GetAt(i)
+		return !lessPlace(at, p)
+	})
 }
 
 func (m *state) showHolder(name string, a *acquisition) Holder {
@@ -195,7 +206,7 @@ func (m *state) Lock(name string) (Lock, bool) {
 
 func (m *state) showLock(name string, k *lock) Lock {
 	out := Lock{
-		Name: name, Delays: k.delays, Declared: k.declared, Clock: k.clock, ExpiresAt: k.expires,
+		Name: name, Delays: m.delaysOf(name, k, MaxListed), Declared: k.declared, Clock: k.clock, ExpiresAt: k.expires,
 		Last: k.last(), HolderCount: int(k.holders), WaiterCount: int(k.waiters),
 	}
 	if k.shared > 0 {
@@ -273,6 +284,8 @@ func (r *Refusal) Error() string {
 		return fmt.Sprintf("lease %d has ended: %v", r.Lease, r.Ended)
 	case ReasonRequestEnded:
 		return "the request has ended: use a new request id"
+	case ReasonRequestNotFound:
+		return "there is no such request: it has not arrived, or is forgotten"
 	case ReasonRequestMismatch:
 		return "the request id was used for a different request"
 	case ReasonLockHeld:
@@ -281,6 +294,8 @@ func (r *Refusal) Error() string {
 		return fmt.Sprintf("lock %q is shared with limit %s, the request has limit %s", r.Name, limited(r.Limit), limited(r.Asked))
 	case ReasonDeadlock:
 		return fmt.Sprintf("waiting for lock %q would deadlock: %s", r.Name, circled(r.Circle))
+	case ReasonDeadlockUnknown:
+		return fmt.Sprintf("lock %q: too many wait for each other to find out whether to wait for it would deadlock; try again when fewer do", r.Name)
 	case ReasonNotHeld:
 		return r.notHeld()
 	case ReasonLockNotDeclared:

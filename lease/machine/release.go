@@ -25,12 +25,56 @@ func (m *Machine) abandon(c *Abandon) Result {
 	if l == nil {
 		return Result{}
 	}
-	if a := m.acquisition(id, c.Request); a != nil {
+	switch a := m.acquisition(id, c.Request); {
+	case a != nil:
 		m.giveBack(l, a)
-	} else {
+	case l.own():
+	case !m.canEnd(l, c.Request):
+		return refuse(Refusal{Reason: ReasonInvalid, Field: "request_id", Lease: l.id})
+	default:
 		m.endedUnder(l, c.Request)
 	}
 	return Result{}
+}
+
+func (m *Machine) abandonAll(c *AbandonAll) Result {
+	if !m.at(2) {
+		return refuse(Refusal{Reason: ReasonInvalid, Field: "level"})
+	}
+	for _, id := range c.Requests {
+		if r := m.abandon(&Abandon{Lease: c.Lease, Request: id}); r.Refusal != nil {
+			return r
+		}
+	}
+	if l := m.lease(c.Lease); l != nil && c.EndLease {
+		m.endLease(l, EndReleased, "")
+		m.settle()
+	}
+	return Result{}
+}
+
+func (m *Machine) endWait(c *EndWait) Result {
+	if !m.at(2) {
+		return refuse(Refusal{Reason: ReasonInvalid, Field: "level"})
+	}
+	found, ok := m.Find(c.Lease, c.Request)
+	switch {
+	case !ok && c.Lease == 0:
+		return Result{Refusal: m.RequestGone(c.Request)}
+	case !ok:
+		r := Refusal{Reason: ReasonRequestNotFound, Lease: c.Lease}
+		switch l := m.lease(c.Lease); {
+		case l == nil:
+			return Result{Refusal: m.leaseGone(c.Lease)}
+		case !l.own() && c.Request < AnonymousRequest && m.hasEnded(l, c.Request):
+			r.Reason = ReasonRequestEnded
+		}
+		return refuse(r)
+	case found.Waiting:
+		m.giveBack(m.lease(found.Lease), m.acquisition(found.Lease, c.Request))
+		return Result{Lease: found.Lease}
+	}
+	return found
 }
 
 // giveBack ends an acquisition cleanly, waiting or granted, and with it a
@@ -50,10 +94,26 @@ func (m *Machine) giveBack(l *lease, a *acquisition) {
 }
 
 func (m *Machine) release(c *Release) Result {
-	a := m.findHold(c)
-	if a != nil {
-		m.giveBack(m.lease(a.lease), a)
+	if c.Request != 0 && (!m.at(2) || c.Lease == 0) {
+		return refuse(Refusal{Reason: ReasonInvalid, Field: "request_id", Lease: c.Lease})
+	}
+	if a := m.findHold(c); a != nil {
+		l := m.lease(a.lease)
+		if c.Lease == 0 && !l.own() && m.at(2) {
+			m.releaseElsewhere(l, a)
+		} else {
+			m.giveBack(l, a)
+		}
 		return Result{}
+	}
+	l := m.lease(c.Lease)
+	if l != nil && !l.own() {
+		for _, lost := range l.session.lost {
+			if lost.Token == c.Token && lost.Ended.Cause != EndReleased {
+				end := lost.Ended
+				return Result{Refusal: m.notHeld(c, &end)}
+			}
+		}
 	}
 	if p := m.memory.token(c.Token); p != nil && (c.Lease == 0 || p.lease == c.Lease) && p.on(c.Name) {
 		if p.cause == EndReleased {
@@ -61,16 +121,26 @@ func (m *Machine) release(c *Release) Result {
 		}
 		return Result{Refusal: m.notHeld(c, p.ended())}
 	}
-	if l := m.lease(c.Lease); l != nil {
-		if refusal := m.neverHeld(l, c); refusal != nil {
-			return Result{Refusal: refusal}
+	switch {
+	case l == nil:
+		if p := m.memory.lease(c.Lease); p != nil {
+			return Result{Refusal: m.notHeld(c, p.ended())}
 		}
+	case c.Request != 0 && !l.own() && m.hold(c.Token) == nil && uint64(c.Token) <= m.minted &&
+		c.Token > max(l.session.after, l.session.droppedTo) && m.hasEnded(l, c.Request):
 		return Result{} // released before, so long ago that it is forgotten
 	}
-	if p := m.memory.lease(c.Lease); p != nil {
-		return Result{Refusal: m.notHeld(c, p.ended())}
-	}
 	return Result{Refusal: m.notHeld(c, nil)}
+}
+
+// releaseElsewhere ends a hold under a client's lease on the word of somebody
+// who knows its token: to the client it is lost, though cleanly.
+func (m *Machine) releaseElsewhere(l *lease, a *acquisition) {
+	m.endHold(l, a, EndReleased, "")
+	m.events[len(m.events)-1].Elsewhere = true
+	m.recordLost(l.id, a.token, Ended{Cause: EndReleased, At: m.stamp, Revision: m.revision})
+	m.endedUnder(m.lease(l.id), a.request)
+	m.settle()
 }
 
 func (p *past) on(name string) bool {
@@ -80,31 +150,11 @@ func (p *past) on(name string) bool {
 // findHold finds the live hold that a release means, or nil.
 func (m *Machine) findHold(c *Release) *acquisition {
 	a := m.hold(c.Token)
-	if a == nil || c.Lease != 0 && c.Lease != a.lease || c.Name != "" && !slices.Contains(a.names(), c.Name) {
+	if a == nil || c.Lease != 0 && c.Lease != a.lease || c.Name != "" && !slices.Contains(a.names(), c.Name) ||
+		c.Request != 0 && c.Request != a.request {
 		return nil
 	}
 	return a
-}
-
-// neverHeld refuses a release, under a live lease, of a token that the lease
-// has lost or cannot have had. Nil means that it was released before.
-func (m *Machine) neverHeld(l *lease, c *Release) *Refusal {
-	if l.own() { // its one hold is live, with another token
-		return m.notHeld(c, nil)
-	}
-	for _, f := range l.session.forced {
-		if f.token == c.Token {
-			end := f.end
-			return m.notHeld(c, &end)
-		}
-	}
-	switch {
-	case c.Token <= l.session.after || uint64(c.Token) > m.minted, // minted before the lease, or never
-		m.hold(c.Token) != nil,         // of another lease, or on other locks
-		m.memory.token(c.Token) != nil: // likewise, and ended
-		return m.notHeld(c, nil)
-	}
-	return nil
 }
 
 // notHeld says why a token is not of a live hold, and how the lock stands.
@@ -168,7 +218,7 @@ func (m *Machine) breakHolds(list []*acquisition, cause EndCause, by string) {
 			m.dropLease(l, cause, by)
 			continue
 		}
-		m.recordForced(l.id, a.token, Ended{Cause: cause, By: by, At: m.stamp, Revision: m.revision})
+		m.recordLost(l.id, a.token, Ended{Cause: cause, By: by, At: m.stamp, Revision: m.revision})
 		m.endedUnder(m.lease(l.id), a.request)
 	}
 	m.settle()

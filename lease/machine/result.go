@@ -49,10 +49,12 @@ const (
 	ReasonLeaseNotFound   Reason = "LEASE_NOT_FOUND"   // never existed, or forgotten
 	ReasonLeaseEnded      Reason = "LEASE_ENDED"       // Refusal.Ended says why
 	ReasonRequestEnded    Reason = "REQUEST_ENDED"     // a late duplicate of a request that has ended
+	ReasonRequestNotFound Reason = "REQUEST_NOT_FOUND" // never came, or is forgotten
 	ReasonRequestMismatch Reason = "REQUEST_MISMATCH"  // the id was used for a different request
 	ReasonLockHeld        Reason = "LOCK_HELD"         // not free, and the caller would not wait; Refusal.Explain
 	ReasonLimitDisagrees  Reason = "LIMIT_DISAGREES"   // Refusal.Limit is the lock's, Refusal.Asked the request's
 	ReasonDeadlock        Reason = "DEADLOCK"          // Refusal.Circle
+	ReasonDeadlockUnknown Reason = "DEADLOCK_UNKNOWN"  // too much waits for too much to find out
 	ReasonNotHeld         Reason = "NOT_HELD"          // Refusal.Ended says why when remembered
 	ReasonLockNotDeclared Reason = "LOCK_NOT_DECLARED" // the original's protocol only
 	ReasonLockDeclared    Reason = "LOCK_DECLARED"     // declared twice
@@ -107,13 +109,14 @@ type Obstacle struct {
 	Position int      // place in the lock's queue, 1 is the head; 0 when not queued
 	Ahead    []Waiter // at most MaxExplained of those ahead
 	Holders  []Holder // at most MaxExplained
-	Delays   []Delay
+	Delays   []Delay  // at most MaxExplained, the latest
 	Limit    uint32
 	// HolderCount counts all, also those left out of Holders.
 	HolderCount int
 }
 
-// MaxExplained bounds the holders and waiters listed in one explanation.
+// MaxExplained bounds the holders, waiters and lock-delays listed in one
+// explanation.
 const MaxExplained = 16
 
 // Link is one step of a deadlock: Actor, through its request, waits on Name
@@ -162,8 +165,8 @@ type Lock struct {
 	Name     string
 	Holders  []Holder // in token order, at most MaxListed
 	Waiters  []Waiter // in queue order, at most MaxListed
-	Delays   []Delay
-	Limit    uint32 // of its shared holders and waiters; 0 for none
+	Delays   []Delay  // at most MaxListed, the latest
+	Limit    uint32   // of its shared holders and waiters; 0 for none
 	Declared bool
 	Clock    uint64 // of a declared lock
 	// ExpiresAt is the grant stamp plus TTL of the last grant of a declared
@@ -198,6 +201,13 @@ type Wait struct {
 	Since   int64
 }
 
+// Lost is a hold under a live lease that ended otherwise than by the word of
+// who has the lease.
+type Lost struct {
+	Token fence.Token
+	Ended Ended
+}
+
 // EventKind says what an event reports.
 type EventKind uint8
 
@@ -223,15 +233,17 @@ type Event struct {
 	Mode     Mode
 	Cause    EndCause
 	Own      bool // the lease was made with an acquisition
-	Lease    LeaseID
-	Request  RequestID
-	Owner    string
-	Token    fence.Token
-	Locks    []GrantedLock
-	By       string
-	TTL      Duration // EventLeaseGranted
-	Delay    Delay
-	Stamp    int64
+	// Elsewhere: a hold under a client's lease was released by its token alone.
+	Elsewhere bool
+	Lease     LeaseID
+	Request   RequestID
+	Owner     string
+	Token     fence.Token
+	Locks     []GrantedLock
+	By        string
+	TTL       Duration // EventLeaseGranted
+	Delay     Delay
+	Stamp     int64
 }
 
 // Counts are the sizes of the machine's tables.

@@ -9,8 +9,12 @@ import (
 	"github.com/distlock/distlock/fence"
 )
 
-// snapshotVersion is the first byte of a snapshot.
-const snapshotVersion = 2
+// The first byte of a snapshot: its version. That of a machine at the first
+// level is the one that the first release wrote and reads.
+const (
+	snapshotFirst   = 2
+	snapshotLeveled = 3 // with the level, spans and all losses
+)
 
 // chunkSize is about how much Snapshot emits at a time.
 const chunkSize = 64 << 10
@@ -24,16 +28,22 @@ const chunkSize = 64 << 10
 // during the call. Equal states are equal bytes. It fails only if emit does.
 func (m *state) Snapshot(emit func(chunk []byte) error) error {
 	w := &writer{emit: emit, buf: make([]byte, 0, chunkSize+4096)}
-	w.buf = append(w.buf, snapshotVersion)
+	first := !m.at(2)
+	if first {
+		w.buf = append(w.buf, snapshotFirst)
+	} else {
+		w.buf = append(w.buf, snapshotLeveled)
+		w.buf = binary.AppendUvarint(w.buf, uint64(m.level))
+	}
 	for _, n := range []uint64{m.minted, m.leaseIDs, m.revision, m.places, m.memory.count} {
 		w.buf = binary.AppendUvarint(w.buf, n)
 	}
 	w.table(m.leases.Len())
-	m.leases.Scan(func(_ LeaseID, l *lease) bool { return w.record(l.encode) })
+	m.leases.Scan(func(_ LeaseID, l *lease) bool { return w.record(func(e *encoder) { m.encodeLease(e, l) }) })
 	w.table(m.waits + m.grants)
-	m.eachAcquisition(func(a *acquisition) bool { return w.record(a.encode) })
+	m.eachAcquisition(func(a *acquisition) bool { return w.record(func(e *encoder) { a.encode(e, first) }) })
 	w.table(m.locks.Len())
-	m.locks.Scan(func(name string, k *lock) bool { return w.record(func(e *encoder) { k.encode(e, name) }) })
+	m.locks.Scan(func(name string, k *lock) bool { return w.record(func(e *encoder) { m.encodeLock(e, name, k) }) })
 	w.table(m.memory.len())
 	m.memory.each(func(p *past) bool { return w.record(p.encode) })
 	for _, g := range []*generation{&m.memory.old, &m.memory.young} {
@@ -45,24 +55,51 @@ func (m *state) Snapshot(emit func(chunk []byte) error) error {
 			})
 		})
 	}
+	if !first {
+		w.table(m.ended.Len())
+		m.ended.Scan(func(s span) bool {
+			return w.record(func(e *encoder) {
+				e.uint(uint64(s.lease))
+				e.uint(uint64(s.from))
+				e.uint(uint64(s.to))
+			})
+		})
+	}
 	return w.flush()
 }
+
+// ErrLevel says that a snapshot is of a machine at a higher level than this
+// build knows.
+var ErrLevel = fmt.Errorf("a level above %d, the highest that this build knows: %w", NewestLevel, ErrUnknownCommand)
 
 // Restore reads a snapshot through read, which is an io.Reader's Read. It
 // reads no byte past the snapshot's end. Errors are read's own, ErrCorrupt or
 // ErrUnknownCommand (a snapshot of a newer version).
 func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 	r := &reader{read: read}
-	if v := r.byte(); r.err == nil && v != snapshotVersion {
+	v := r.byte()
+	if r.err == nil && v != snapshotFirst && v != snapshotLeveled {
 		return nil, fmt.Errorf("snapshot version %d: %w", v, ErrUnknownCommand)
 	}
-	m := New(0)
+	m := NewAt(0, FirstLevel)
+	first := v == snapshotFirst
+	if !first {
+		level := r.uint()
+		switch {
+		case r.err != nil:
+		case level > uint64(NewestLevel):
+			return nil, fmt.Errorf("a snapshot at level %d: %w", level, ErrLevel)
+		case level < 2:
+			return nil, fmt.Errorf("a snapshot at level %d: %w", level, ErrCorrupt)
+		}
+		m.level = Level(level)
+	}
 	var remembered uint64
 	for _, n := range []*uint64{&m.minted, &m.leaseIDs, &m.revision, &m.places, &remembered} {
 		*n = r.uint()
 	}
 	r.table(func(d *decoder) {
-		l := decodeLease(d)
+		l := m.decodeLease(d)
 		ascending(d, m.leases, l.id)
 		m.leases.Set(l.id, l)
 		if !l.own() && l.session.request != 0 {
@@ -70,9 +107,9 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 		}
 	})
 	var before under
-	first := make(map[string]*acquisition) // holder read of a lock
+	holders := make(map[string]*acquisition) // holder read of a lock
 	r.table(func(d *decoder) {
-		a := decodeAcquisition(d)
+		a := decodeAcquisition(d, first)
 		if d.err != nil {
 			return
 		}
@@ -94,13 +131,13 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 		if !l.own() {
 			m.acqs.Set(entry)
 		}
+		if a.actor != "" {
+			m.actors.Set(place{a.actor, a.place, a})
+		}
 		if a.token == 0 {
 			m.waits++
 			for _, name := range a.names() {
 				m.queues.Set(place{name, a.place, a})
-			}
-			if a.actor != "" {
-				m.actors.Set(place{a.actor, a.place, a})
 			}
 			return
 		}
@@ -108,9 +145,9 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 		m.tokens[a.token] = a
 		for _, name := range a.names() {
 			m.holds++
-			other := first[name]
+			other := holders[name]
 			if other == nil {
-				first[name] = a
+				holders[name] = a
 				continue
 			}
 			m.holders.Set(place{name, uint64(other.token), other})
@@ -118,9 +155,9 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 		}
 	})
 	r.table(func(d *decoder) {
-		name, k, last, mode := decodeLock(d)
+		name, k, last, mode := m.decodeLock(d)
 		ascending(d, m.locks, name)
-		holder := first[name]
+		holder := holders[name]
 		if (holder != nil) != (k.holders > 0) || holder != nil && holder.mode != mode {
 			d.fail("a lock that does not match its holders")
 			return
@@ -148,6 +185,9 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 			ascending(d, g.traces, name)
 			g.traces.Set(name, last)
 		})
+	}
+	if !first {
+		r.table(func(d *decoder) { m.decodeSpan(d) })
 	}
 	if r.err == nil {
 		r.err = m.check()
@@ -264,7 +304,7 @@ func (m *state) eachAcquisition(fn func(*acquisition) bool) {
 	})
 }
 
-func (l *lease) encode(e *encoder) {
+func (m *state) encodeLease(e *encoder, l *lease) {
 	e.uint(uint64(l.id))
 	e.int(int64(l.ttl()))
 	e.string(l.owner())
@@ -272,9 +312,10 @@ func (l *lease) encode(e *encoder) {
 	if l.own() {
 		s = &session{request: l.acq.request}
 	}
+	first := !m.at(2)
 	e.metadata(s.metadata)
 	e.int(l.since)
-	used := s.lowest > 0 || len(s.ended) > 0 || len(s.forced) > 0
+	used := s.lowest > 0 || first && s.spans > 0 || len(s.lost) > 0
 	e.bools(l.own(), used)
 	e.uint(uint64(s.request))
 	e.uint(uint64(s.after))
@@ -282,21 +323,41 @@ func (l *lease) encode(e *encoder) {
 		return
 	}
 	e.uint(uint64(s.lowest))
-	e.uint(uint64(len(s.ended)))
-	for _, id := range s.ended {
-		e.uint(uint64(id))
+	if first {
+		m.encodeEnded(e, l)
 	}
-	e.uint(uint64(len(s.forced)))
-	for _, f := range s.forced {
-		e.uint(uint64(f.token))
-		e.byte(byte(f.end.Cause))
-		e.string(f.end.By)
-		e.int(f.end.At)
-		e.uint(f.end.Revision)
+	e.uint(uint64(len(s.lost)))
+	for _, f := range s.lost {
+		e.uint(uint64(f.Token))
+		e.byte(byte(f.Ended.Cause))
+		e.string(f.Ended.By)
+		e.int(f.Ended.At)
+		e.uint(f.Ended.Revision)
+	}
+	if !first {
+		e.uint(s.dropped)
+		e.uint(uint64(s.droppedTo))
 	}
 }
 
-func decodeLease(d *decoder) *lease {
+// encodeEnded writes a lease's spans as the list that they were in the first
+// version.
+func (m *state) encodeEnded(e *encoder, l *lease) {
+	n := uint64(0)
+	m.eachSpan(l.id, func(s span) bool {
+		n += uint64(s.to-s.from) + 1
+		return true
+	})
+	e.uint(n)
+	m.eachSpan(l.id, func(s span) bool {
+		for id := s.from; id <= s.to; id++ {
+			e.uint(uint64(id))
+		}
+		return true
+	})
+}
+
+func (m *Machine) decodeLease(d *decoder) *lease {
 	l := &lease{id: LeaseID(d.uint())}
 	ttl, owner := Duration(d.int()), d.string()
 	l.terms = leaseTermsOf(owner, ttl)
@@ -306,13 +367,16 @@ func decodeLease(d *decoder) *lease {
 	s.request, s.after = RequestID(d.uint()), fence.Token(d.uint())
 	if used {
 		s.lowest = RequestID(d.uint())
-		for range d.count(1) {
-			s.ended = append(s.ended, RequestID(d.uint()))
+		if !m.at(2) {
+			m.decodeEnded(d, l.id, s)
 		}
 		for range d.count(5) {
-			f := forced{token: fence.Token(d.uint())}
-			f.end = Ended{Cause: EndCause(d.byte()), By: d.string(), At: d.int(), Revision: d.uint()}
-			s.forced = append(s.forced, f)
+			f := Lost{Token: fence.Token(d.uint())}
+			f.Ended = Ended{Cause: EndCause(d.byte()), By: d.string(), At: d.int(), Revision: d.uint()}
+			s.lost = append(s.lost, f)
+		}
+		if m.at(2) {
+			s.dropped, s.droppedTo = d.uint(), fence.Token(d.uint())
 		}
 	}
 	if !own {
@@ -321,13 +385,52 @@ func decodeLease(d *decoder) *lease {
 	return l
 }
 
-func (a *acquisition) encode(e *encoder) {
+// decodeEnded reads the list of the first version as spans.
+func (m *Machine) decodeEnded(d *decoder, id LeaseID, s *session) {
+	var last span
+	for range d.count(1) {
+		req := RequestID(d.uint())
+		switch {
+		case d.err != nil:
+			return
+		case req < s.lowest || s.spans > 0 && req <= last.to || req >= AnonymousRequest:
+			d.fail("requests out of order")
+			return
+		case s.spans > 0 && req == last.to+1:
+			last.to = req
+		default:
+			last = span{lease: id, from: req, to: req}
+			s.spans++
+		}
+		m.ended.Set(last)
+	}
+}
+
+func (m *Machine) decodeSpan(d *decoder) {
+	s := span{lease: LeaseID(d.uint()), from: RequestID(d.uint()), to: RequestID(d.uint())}
+	l := m.lease(s.lease)
+	last, ok := m.ended.Max()
+	switch {
+	case d.err != nil:
+		return
+	case l == nil || l.own():
+		d.fail("an ended request without a lease")
+	case s.from < l.session.lowest || s.to < s.from || s.to >= AnonymousRequest,
+		ok && (s.lease < last.lease || s.lease == last.lease && s.from <= last.to+1):
+		d.fail("requests out of order")
+	default:
+		l.session.spans++
+		m.ended.Set(s)
+	}
+}
+
+func (a *acquisition) encode(e *encoder, first bool) {
 	e.uint(uint64(a.lease))
 	e.uint(uint64(a.request))
 	e.uint(a.place)
 	e.uint(uint64(a.token))
 	e.strings(a.names())
-	e.bools(a.floors != nil, a.clocks != nil)
+	e.bools(a.floors != nil, a.clocks != nil, a.declared && !first)
 	for _, f := range a.floors {
 		e.uint(uint64(f))
 	}
@@ -342,10 +445,10 @@ func (a *acquisition) encode(e *encoder) {
 	e.metadata(a.metadata)
 }
 
-func decodeAcquisition(d *decoder) *acquisition {
+func decodeAcquisition(d *decoder, first bool) *acquisition {
 	a := &acquisition{lease: LeaseID(d.uint()), request: RequestID(d.uint()), place: d.uint(), token: fence.Token(d.uint())}
 	names := d.strings()
-	hasFloors, hasClocks := d.bools()
+	hasFloors, hasClocks, declared := d.threeBools()
 	var floors []fence.Token
 	var clocks []uint64
 	if hasFloors {
@@ -363,11 +466,11 @@ func decodeAcquisition(d *decoder) *acquisition {
 	mode, limit, delay := Mode(d.byte()), uint32(d.below(1<<32)), Duration(d.int())
 	a.since = d.int()
 	actor, metadata := d.string(), d.metadata()
-	if mode != Exclusive && mode != Shared || len(names) == 0 {
+	if mode != Exclusive && mode != Shared || len(names) == 0 || declared && first {
 		d.fail("an acquisition that cannot be")
 		return a
 	}
-	a.terms = termsOf(mode, limit, delay, actor, metadata)
+	a.terms = termsOf(mode, limit, delay, actor, metadata, declared)
 	if hasFloors || hasClocks {
 		own := *a.terms
 		own.floors, own.clocks = floors, clocks
@@ -377,7 +480,7 @@ func decodeAcquisition(d *decoder) *acquisition {
 	return a
 }
 
-func (k *lock) encode(e *encoder, name string) {
+func (m *state) encodeLock(e *encoder, name string, k *lock) {
 	e.string(name)
 	e.uint(uint64(k.holders))
 	e.uint(uint64(k.waiters))
@@ -394,11 +497,16 @@ func (k *lock) encode(e *encoder, name string) {
 	e.uint(uint64(limit))
 	e.byte(byte(mode))
 	e.bools(k.declared)
-	e.uint(uint64(len(k.delays)))
-	for _, d := range k.delays {
-		e.uint(d.ID)
-		e.int(int64(d.Duration))
-		e.int(d.Since)
+	e.uint(uint64(k.delays))
+	if k.delays > 0 {
+		m.delays.Ascend(delayOf{name: name}, func(d delayOf) bool {
+			if d.name == name {
+				e.uint(d.ID)
+				e.int(int64(d.Duration))
+				e.int(d.Since)
+			}
+			return d.name == name
+		})
 	}
 	e.uint(k.clock)
 	e.int(k.expires)
@@ -407,17 +515,24 @@ func (k *lock) encode(e *encoder, name string) {
 
 // decodeLock also returns the lock's name, its last token, and the mode of the
 // holders.
-func decodeLock(d *decoder) (string, *lock, fence.Token, Mode) {
+func (m *Machine) decodeLock(d *decoder) (string, *lock, fence.Token, Mode) {
 	name := d.string()
 	k := &lock{holders: int32(d.below(1 << 31)), waiters: int32(d.below(1 << 31)), traits: noTraits}
 	t := traits{shared: int32(d.below(1 << 31)), limit: uint32(d.below(1 << 32))}
 	mode := Mode(d.byte())
 	t.declared, _ = d.bools()
+	last := uint64(0)
 	for range d.count(3) {
-		t.delays = append(t.delays, Delay{ID: d.uint(), Duration: Duration(d.int()), Since: d.int()})
+		delay := Delay{ID: d.uint(), Duration: Duration(d.int()), Since: d.int()}
+		if delay.ID <= last {
+			d.fail("lock-delays out of order")
+		}
+		last = delay.ID
+		t.delays++
+		m.delays.Set(delayOf{name, delay})
 	}
 	t.clock, t.expires = d.uint(), d.int()
-	if t.shared != 0 || t.limit != 0 || t.declared || t.clock != 0 || t.expires != 0 || t.delays != nil {
+	if t.shared != 0 || t.limit != 0 || t.declared || t.clock != 0 || t.expires != 0 || t.delays != 0 {
 		k.traits = &t
 	}
 	return name, k, fence.Token(d.uint()), mode

@@ -223,7 +223,7 @@ func (c *client) probe() {
 		sent := c.w.time()
 		name := fmt.Sprint("probe", i)
 		v, err := c.persist(func(ctx context.Context, m *lease.Manager) (any, error) {
-			return m.Acquire(ctx, lease.AcquireRequest{Request: lease.RequestID(c.w.id(c.id, i+1)), Names: []string{name}, TTL: time.Second})
+			return words{m}.Acquire(ctx, lease.AcquireRequest{Request: lease.RequestID(c.w.id(c.id, i+1)), Names: []string{name}, TTL: time.Second})
 		}, nil)
 		if err == errKilled {
 			return
@@ -330,9 +330,9 @@ func (c *client) sharedLease() {
 	sent := c.now()
 	began := c.w.time()
 	v, err := c.persist(func(ctx context.Context, m *lease.Manager) (any, error) {
-		info, err := m.GrantLease(ctx, lease.GrantLeaseRequest{Request: request, TTL: ttl})
-		c.w.record(check.Event{Kind: check.Touched, Lease: uint64(info.ID)})
-		return info.ID, err
+		id, err := words{m}.GrantLease(ctx, lease.GrantLeaseRequest{Request: request, TTL: ttl})
+		c.w.record(check.Event{Kind: check.Touched, Lease: uint64(id)})
+		return id, err
 	}, func(v any, err error) {
 		if err == nil {
 			c.w.record(check.Event{Kind: check.Renewed, Who: c.id, Lease: uint64(v.(lease.ID)), TTL: ttl, Sent: began})
@@ -381,7 +381,9 @@ func (c *client) sharedLease() {
 		}
 	}
 	id := l.lease
-	c.persist(func(ctx context.Context, m *lease.Manager) (any, error) { return nil, m.RevokeLease(ctx, id, "itself") },
+	c.persist(func(ctx context.Context, m *lease.Manager) (any, error) {
+		return nil, words{m}.RevokeLease(ctx, id, "itself")
+	},
 		func(_ any, err error) {
 			if err == nil {
 				c.w.record(check.Event{Kind: check.Revoked, Who: c.id, Lease: uint64(id)})
@@ -451,7 +453,7 @@ func (c *client) acquire(w *want) (g lease.Grant, sent time.Duration, ok bool) {
 		}
 	}
 	c.persist(func(ctx context.Context, m *lease.Manager) (any, error) {
-		return nil, m.Abandon(ctx, w.lease, w.id)
+		return nil, words{m}.Abandon(ctx, w.lease, w.id)
 	}, func(_ any, err error) {
 		if err == nil {
 			c.w.record(check.Event{Kind: check.Cancelled, Who: who, Request: w.request})
@@ -463,7 +465,7 @@ func (c *client) acquire(w *want) (g lease.Grant, sent time.Duration, ok bool) {
 // serveAcquire is the server's side of the call. Whatever ends it may give the
 // lease its time anew.
 func (c *client) serveAcquire(ctx context.Context, m *lease.Manager, w *want, wait time.Duration) (lease.Grant, error) {
-	g, err := m.Acquire(ctx, lease.AcquireRequest{
+	g, err := words{m}.Acquire(ctx, lease.AcquireRequest{
 		Lease: w.lease, Request: w.id, LowestOpen: w.lowest, Names: w.names, Mode: w.mode, Limit: w.limit,
 		Wait: wait, LockDelay: w.delay, TTL: w.ttl,
 	})
@@ -475,7 +477,7 @@ func (c *client) release(id lease.ID, name string, token uint64) {
 	c.record(check.Event{Kind: check.Releasing, Token: token})
 	who := c.who
 	c.persist(func(ctx context.Context, m *lease.Manager) (any, error) {
-		return nil, m.Release(ctx, lease.ReleaseRequest{Lease: id, Name: name, Token: fence.Token(token)})
+		return nil, words{m}.Release(ctx, lease.ReleaseRequest{Lease: id, Name: name, Token: fence.Token(token)})
 	}, func(_ any, err error) {
 		if err == nil {
 			c.w.record(check.Event{Kind: check.Released, Who: who, Token: token})
@@ -488,7 +490,7 @@ func (c *client) look() {
 	name := string(rune('a' + c.rng.IntN(3)))
 	sent := c.w.time()
 	v, err := c.call(500*time.Millisecond, context.Canceled, func(ctx context.Context, m *lease.Manager) (any, error) {
-		info, _, err := m.Lock(ctx, name)
+		info, _, err := words{m}.Lock(ctx, name)
 		return info, err
 	}, nil)
 	if err != nil {
@@ -505,7 +507,7 @@ func (c *client) look() {
 func (c *client) meddle() {
 	name := string(rune('a' + c.rng.IntN(3)))
 	c.call(500*time.Millisecond, context.Canceled, func(ctx context.Context, m *lease.Manager) (any, error) {
-		return nil, m.ForceRelease(ctx, name, 0, "operator")
+		return nil, words{m}.ForceRelease(ctx, name, 0, "operator")
 	}, nil)
 }
 
@@ -554,7 +556,7 @@ func (l *held) renew() bool {
 	id, ttl := l.lease, l.ttl
 	v, err := c.call(max(ttl/3, 20*time.Millisecond), context.Canceled, func(ctx context.Context, m *lease.Manager) (any, error) {
 		c.w.record(check.Event{Kind: check.Touched, Lease: uint64(id)})
-		list, err := m.KeepAlive(ctx, []lease.ID{id})
+		list, err := words{m}.KeepAlive(ctx, []lease.ID{id})
 		if err != nil {
 			return nil, err
 		}

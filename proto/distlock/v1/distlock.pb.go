@@ -2951,7 +2951,10 @@ type StatusResponse struct {
 	Members   []*Member              `protobuf:"bytes,12,rep,name=members,proto3" json:"members,omitempty"`
 	StartedAt *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
 	// Where this history began, when it was restored from a backup.
-	Restored      *Restored `protobuf:"bytes,14,opt,name=restored,proto3" json:"restored,omitempty"`
+	Restored *Restored `protobuf:"bytes,14,opt,name=restored,proto3" json:"restored,omitempty"`
+	// Of the commands that the members use together: it rises once every member
+	// runs a build that knows the higher one.
+	Level         uint32 `protobuf:"varint,15,opt,name=level,proto3" json:"level,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3082,6 +3085,13 @@ func (x *StatusResponse) GetRestored() *Restored {
 		return x.Restored
 	}
 	return nil
+}
+
+func (x *StatusResponse) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
 }
 
 // Restored says what a history began with.
@@ -4116,7 +4126,7 @@ const file_distlock_v1_distlock_proto_rawDesc = "" +
 	"\x05actor\x18\x01 \x01(\tR\x05actor\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x19\n" +
 	"\blease_id\x18\x03 \x01(\x04R\aleaseId\"\x0f\n" +
-	"\rStatusRequest\"\xcb\x03\n" +
+	"\rStatusRequest\"\xe1\x03\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x17\n" +
 	"\anode_id\x18\x02 \x01(\tR\x06nodeId\x12\x1d\n" +
@@ -4135,7 +4145,8 @@ const file_distlock_v1_distlock_proto_rawDesc = "" +
 	"\amembers\x18\f \x03(\v2\x13.distlock.v1.MemberR\amembers\x129\n" +
 	"\n" +
 	"started_at\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x121\n" +
-	"\brestored\x18\x0e \x01(\v2\x15.distlock.v1.RestoredR\brestored\"\xb1\x01\n" +
+	"\brestored\x18\x0e \x01(\v2\x15.distlock.v1.RestoredR\brestored\x12\x14\n" +
+	"\x05level\x18\x0f \x01(\rR\x05level\"\xb1\x01\n" +
 	"\bRestored\x12*\n" +
 	"\x02at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x1d\n" +
 	"\n" +
