@@ -232,7 +232,7 @@ func (c *Client) CheckToken(ctx context.Context, name string, token fence.Token)
 
 // Release gives back a hold by name and token, whoever acquired it.
 func (c *Client) Release(ctx context.Context, name string, token fence.Token) error {
-	return c.releaseCall(ctx, 0, name, token)
+	return c.releaseCall(ctx, releaseOperation(&pb.ReleaseRequest{Name: name, Token: uint64(token)}))
 }
 
 // ForceRelease breaks the hold with token on a lock, or every hold when token

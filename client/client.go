@@ -16,6 +16,7 @@
 package client
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -59,18 +60,25 @@ type Client struct {
 	endpoints []string
 	ctx       context.Context // ends with Close
 	cancel    context.CancelFunc
-	group     sync.WaitGroup // the renewer and what it starts
-	abandons  sync.WaitGroup // requests being abandoned
+	group     sync.WaitGroup  // the renewer, what it starts, and what is started while the client is not closed
+	accepting context.Context // ends when Close begins: nothing more is acquired
+	refuse    context.CancelFunc
+	acquires  sync.WaitGroup // acquisitions under way
 	wake      chan struct{}  // buffered, one: the renewer looks at its sessions anew
 	waiting   atomic.Int64   // calls that wait for an answer
 
-	mu       sync.Mutex
-	conns    []*grpc.ClientConn           // by endpoint, made on first use
-	current  int                          // the endpoint in use
-	streams  map[*grpc.ClientConn]*stream // those that live, made on first use
-	sessions map[uint64]*session
-	wakeAt   time.Duration // when the renewer looks at them next
-	closed   bool
+	mu        sync.Mutex
+	conns     []*grpc.ClientConn           // by endpoint, made on first use
+	current   int                          // the endpoint in use
+	streams   map[*grpc.ClientConn]*stream // those that live, made on first use
+	sessions  map[uint64]*session
+	lefts     map[*session]struct{} // that this client does not keep alive
+	waits     map[uint64]*wait      // by request
+	unsettled []*unsettled          // in the order listed
+	settling  bool                  // there is a goroutine for it
+	shortest  time.Duration         // TTL of a session that there was
+	wakeAt    time.Duration         // when the renewer looks at them next
+	closed    bool
 }
 
 // Option configures a Client.
@@ -133,9 +141,11 @@ func New(endpoints []string, opts ...Option) (*Client, error) {
 		endpoints: endpoints, conns: make([]*grpc.ClientConn, len(endpoints)),
 		ctx: ctx, cancel: cancel, wake: make(chan struct{}, 1),
 		streams: make(map[*grpc.ClientConn]*stream), sessions: make(map[uint64]*session),
+		lefts: make(map[*session]struct{}), waits: make(map[uint64]*wait), shortest: time.Hour,
 		logger: zap.NewNop(), callFor: 10 * time.Second,
 		clock: clockwork.NewRealClock(),
 	}
+	c.accepting, c.refuse = context.WithCancel(ctx)
 	c.now, c.lately = boottime()
 	if host, err := os.Hostname(); err == nil {
 		c.owner = fmt.Sprintf("%s:%d", host, os.Getpid())
@@ -150,12 +160,9 @@ func New(endpoints []string, opts ...Option) (*Client, error) {
 			return nil, err
 		}
 	}
-	c.group.Add(1)
+	c.group.Add(2)
 	go c.renew()
-	if len(endpoints) > 1 {
-		c.group.Add(1)
-		go c.pulse()
-	}
+	go c.pulse()
 	return c, nil
 }
 
@@ -198,52 +205,43 @@ func (c *Client) connLocked(i int) (*grpc.ClientConn, error) {
 	return conn, nil
 }
 
-// Close gives back what this client still holds, within two seconds, and ends
-// its goroutines. Locks taken with NoRenew stay.
+// Close gives back what this client still holds, and what it waits for, within
+// two seconds, and ends its goroutines. Acquisitions under way return ErrClosed.
+// Locks taken with NoRenew stay, and their contexts end.
 func (c *Client) Close() error {
 	c.mu.Lock()
 	if c.closed {
 		c.mu.Unlock()
 		return nil
 	}
+	c.closed = true
 	var left []*session
 	for _, s := range c.sessions {
 		left = append(left, s)
 	}
-	c.mu.Unlock()
-	if len(left) > 0 {
-		ctx, cancel := context.WithTimeout(c.ctx, 2*time.Second)
-		var group sync.WaitGroup
-		slots := make(chan struct{}, 64)
-		for _, s := range left {
-			group.Add(1)
-			slots <- struct{}{}
-			go func() {
-				defer group.Done()
-				c.giveBack(ctx, s)
-				<-slots
-			}()
-		}
-		group.Wait()
-		cancel()
+	slices.SortFunc(left, func(a, b *session) int { return cmp.Compare(a.id, b.id) })
+	for _, s := range left {
+		s.last = s.locks
+		c.end(s, ErrReleased)
 	}
-	c.mu.Lock()
-	c.closed = true
-	c.mu.Unlock()
-	abandoned := make(chan struct{})
-	go func() {
-		c.abandons.Wait()
-		close(abandoned)
-	}()
-	select {
-	case <-abandoned:
-	case <-time.After(2 * time.Second): // pace of the network
+	for s := range c.lefts {
+		c.end(s, ErrClosed)
 	}
+	c.mu.Unlock()
+	c.refuse()
+	c.acquires.Wait() // what they leave behind is listed
+	ctx, cancel := context.WithTimeout(c.ctx, closeWithin)
+	c.endAll(ctx, left)
+	cancel()
+	c.mu.Lock() // whoever joins the group looks at it first
 	c.cancel()
-	<-abandoned
+	c.mu.Unlock()
 	c.group.Wait()
 	return c.closeConns()
 }
+
+// closeWithin bounds how long Close waits for the server.
+const closeWithin = 2 * time.Second
 
 func (c *Client) closeConns() error {
 	c.mu.Lock()
@@ -280,7 +278,7 @@ func (c *Client) retry(ctx context.Context, within time.Duration, attempt func(c
 	c.waiting.Add(1)
 	defer c.waiting.Add(-1)
 	pause := 10 * time.Millisecond
-	var last error
+	var last reasons
 	began := time.Now() // pace of the network, not of a lease
 	for tries := 1; ; tries++ {
 		if tries == 2 && within > 0 {
@@ -300,21 +298,29 @@ func (c *Client) retry(ctx context.Context, within time.Duration, attempt func(c
 		if err == nil {
 			return nil
 		}
+		if errors.Is(err, ErrClosed) {
+			return ErrClosed
+		}
 		e := toError(err)
 		if ctx.Err() != nil {
-			if last == nil || e.Code != codes.DeadlineExceeded && e.Code != codes.Canceled {
-				last = e
+			if e.Code != codes.DeadlineExceeded && e.Code != codes.Canceled {
+				if definite(e) {
+					return e
+				}
+				last.add(endpoint, e)
 			}
-			return ended(ctx, last)
+			return last.ended(ctx)
 		}
-		if e.Code == codes.Canceled && c.ctx.Err() == nil {
-			// Not by the caller: the connection was closed, by pulse.
-			e = &Error{Code: codes.Unavailable, Message: e.Message}
+		if e == errAskAgain {
+			continue
+		}
+		if isTransport(e) || e.Reason == "SUPERSEDED" {
+			e = &Error{Code: codes.Unavailable, Message: e.Message, Leader: e.Leader}
 		}
 		if e.Code != codes.Unavailable && e.Code != codes.DeadlineExceeded {
 			return e
 		}
-		last = e
+		last.add(endpoint, e)
 		c.logger.Debug("retrying", zap.String("endpoint", endpoint), zap.Error(err))
 		c.elsewhere(at, e.Leader)
 		wait := pause/2 + rand.N(pause/2)
@@ -325,12 +331,41 @@ func (c *Client) retry(ctx context.Context, within time.Duration, attempt func(c
 		}
 		select {
 		case <-ctx.Done():
-			return ended(ctx, last)
+			return last.ended(ctx)
 		case <-c.ctx.Done():
 			return ErrClosed
 		case <-time.After(wait): // pace of the network, not of a lease
 		}
 	}
+}
+
+// reasons are why each endpoint did not answer.
+type reasons []reason
+
+type reason struct {
+	endpoint string
+	err      *Error
+}
+
+func (r *reasons) add(endpoint string, e *Error) {
+	for i := range *r {
+		if (*r)[i].endpoint == endpoint {
+			(*r)[i].err = e
+			return
+		}
+	}
+	*r = append(*r, reason{endpoint, e})
+}
+
+// ended is the error of a call whose time was up: what stood in its way, if
+// anything did, and the context's own error.
+func (r reasons) ended(ctx context.Context) error {
+	for i := range r {
+		if r[i].err.Code == codes.Unavailable {
+			return &unavailable{r, r[i].err, context.Cause(ctx)}
+		}
+	}
+	return context.Cause(ctx)
 }
 
 // boundedUntil gives a context a deadline if it has none.
@@ -339,16 +374,6 @@ func boundedUntil(ctx context.Context, deadline time.Time) (context.Context, con
 		return ctx, func() {}
 	}
 	return context.WithDeadline(ctx, deadline)
-}
-
-// ended is the error of a call whose time was up: what stood in its way, if
-// anything did, and the context's own error.
-func ended(ctx context.Context, last error) error {
-	var e *Error
-	if errors.As(last, &e) && e.Code == codes.Unavailable {
-		return &unavailable{e, context.Cause(ctx)}
-	}
-	return context.Cause(ctx)
 }
 
 // elsewhere turns to the leader if it is known, and else to the next endpoint.

@@ -97,6 +97,7 @@ var sentinels = map[string]error{
 	"DEADLOCK":           ErrDeadlock,
 	"INVALID_ARGUMENT":   ErrInvalid,
 	"LIMIT_DISAGREES":    ErrInvalid,
+	"DEADLOCK_UNKNOWN":   ErrExhausted,
 	"RESOURCE_EXHAUSTED": ErrExhausted,
 	"OUT_OF_RANGE":       ErrOutOfRange,
 	"MEMBERSHIP":         ErrMembership,
@@ -120,11 +121,24 @@ func (e *Error) Is(target error) bool {
 
 // unavailable is what stood in the way of a call until its time was up.
 type unavailable struct {
-	err *Error
+	all reasons
+	err *Error // one of them
 	ctx error
 }
 
-func (u *unavailable) Error() string   { return "no server answered in time: " + u.err.Message }
+// Error names each endpoint, and why it did not answer.
+func (u *unavailable) Error() string {
+	if len(u.all) < 2 {
+		return "no server answered in time: " + u.err.Message
+	}
+	var b strings.Builder
+	b.WriteString("no server answered in time")
+	for i, r := range u.all {
+		fmt.Fprintf(&b, "%s %s: %s", []string{";", ":"}[max(1-i, 0)], r.endpoint, r.err.Message)
+	}
+	return b.String()
+}
+
 func (u *unavailable) Unwrap() []error { return []error{u.err, u.ctx} }
 
 // LostError says how a lock or lease was lost. It is the cause of the lock's

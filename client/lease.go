@@ -17,9 +17,10 @@ type Lease struct {
 	client  *Client
 	session *session
 
-	mu   sync.Mutex
-	last uint64              // highest request id given out
-	open map[uint64]struct{} // those that await their answer
+	mu     sync.Mutex
+	last   uint64              // highest request id given out
+	lowest uint64              // no lower one awaits its answer
+	open   map[uint64]struct{} // those that do
 }
 
 // LeaseOption says how to make a lease.
@@ -39,7 +40,7 @@ func (c *Client) Grant(ctx context.Context, ttl time.Duration, opts ...LeaseOpti
 	if err != nil {
 		return nil, err
 	}
-	l := &Lease{client: c, session: &session{id: id, ttl: ttl}, open: make(map[uint64]struct{})}
+	l := &Lease{client: c, session: &session{id: id, ttl: ttl}, open: make(map[uint64]struct{}), lowest: 1}
 	if err := c.keep(ctx, l.session, sent); err != nil {
 		return nil, err
 	}
@@ -74,14 +75,15 @@ func (l *Lease) begin() (id, lowest uint64, done func()) {
 	l.last++
 	id = l.last
 	l.open[id] = struct{}{}
-	lowest = id
-	for other := range l.open {
-		lowest = min(lowest, other)
-	}
-	return id, lowest, func() {
+	return id, l.lowest, func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		delete(l.open, id)
+		for ; l.lowest <= l.last; l.lowest++ {
+			if _, open := l.open[l.lowest]; open {
+				return
+			}
+		}
 	}
 }
 

@@ -3,13 +3,10 @@ package client
 import (
 	"context"
 	"errors"
-	"maps"
 	"slices"
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/distlock/distlock/fence"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
@@ -29,7 +26,9 @@ type acquireOptions struct {
 	owner     string
 	leaseID   uint64
 	noRenew   bool
-	onRenew   func(time.Time)
+	// untilDeadline: wait is from the context's deadline.
+	untilDeadline bool
+	onRenew       func(time.Time)
 }
 
 // AcquireOption says how to acquire.
@@ -70,8 +69,7 @@ func Actor(name string) AcquireOption { return func(o *acquireOptions) { o.actor
 func Owner(owner string) AcquireOption { return func(o *acquireOptions) { o.owner = owner } }
 
 // UnderLeaseID holds the lock under a lease that somebody else keeps alive.
-// Nothing renews it here, and a lost answer cannot be asked for again: prefer
-// Lease.Acquire.
+// Nothing renews it here.
 func UnderLeaseID(id uint64) AcquireOption { return func(o *acquireOptions) { o.leaseID = id } }
 
 // NoRenew leaves the lock's lease alone: it ends its TTL after the grant
@@ -94,8 +92,8 @@ type Lock struct {
 	token   fence.Token
 	leaseID uint64
 	ttl     time.Duration
-	since   time.Duration // when its grant was asked for
-	renewed bool          // somebody renews it: this client
+	request uint64 // of its grant
+	renewed bool   // somebody renews it: this client
 	ctx     context.Context
 	cancel  context.CancelCauseFunc
 }
@@ -130,174 +128,65 @@ func (c *Client) options(opts []AcquireOption) *acquireOptions {
 	return o
 }
 
-// acquire asks until it is answered. lease is nil for a lock with a lease of
-// its own, or under a lease of somebody else's.
-func (c *Client) acquire(ctx context.Context, names []string, o *acquireOptions, lease *Lease) (*Lock, error) {
-	// What is sent may still be on its way when this call has returned, so it
-	// shares nothing with the caller.
-	made := &struct { // one piece of memory
-		req  pb.AcquireRequest
-		ttl  durationpb.Duration
-		name [1]string
-	}{}
-	req := &made.req
-	req.Names, req.Mode, req.Limit, req.LeaseId = append(made.name[:0], names...), pb.Mode_MODE_EXCLUSIVE, o.limit, o.leaseID
-	req.Actor, req.Metadata, req.WaitForever = o.actor, maps.Clone(o.metadata), o.wait == nil
-	if o.shared {
-		req.Mode = pb.Mode_MODE_SHARED
-	}
-	if o.lockDelay != 0 {
-		req.LockDelay = durationpb.New(o.lockDelay)
-	}
-	done := func() {} // the request id under the lease is no longer open
-	defer func() { done() }()
-	switch {
-	case lease != nil:
-		req.LeaseId = lease.ID()
-		req.RequestId, req.LowestOpenRequestId, done = lease.begin()
-	case o.leaseID == 0:
-		made.ttl.Seconds, made.ttl.Nanos = int64(o.ttl/time.Second), int32(o.ttl%time.Second)
-		req.Ttl, req.Owner, req.RequestId = &made.ttl, o.owner, requestID()
-	}
-	// The TTL counts from when the grant was asked for, or from earlier.
-	began := c.lately()
-	if o.wait != nil && *o.wait > 0 { // what is left of it must be right
-		began = c.now()
-	}
-	var sent time.Duration
-	var resp *pb.AcquireResponse
-	tried := false
-	// What does not wait in a queue is answered at once, or lost.
-	var total, within time.Duration
-	if o.wait != nil && *o.wait == 0 {
-		total, within = c.callFor, c.attemptFor()
-	}
-	attempt := func(ctx context.Context, conn *grpc.ClientConn) error {
-		if tried {
-			req = proto.CloneOf(req)
-		}
-		if o.wait != nil {
-			left := *o.wait
-			if tried && left > 0 {
-				left = max(left-(c.now()-began), time.Millisecond) // a repeat joins its place again
-			}
-			req.Wait = durationpb.New(left)
-		}
-		if sent = began; tried {
-			sent = c.now()
-		}
-		var err error
-		resp, err = c.acquireOn(ctx, within, conn, req)
-		if err != nil && tried && toError(err).Reason == "REQUEST_ENDED" && o.leaseID == 0 {
-			// An attempt whose answer was lost had been refused, and so had
-			// ended. It was not granted, nor ever will be: ask anew.
-			req = proto.CloneOf(req)
-			if lease == nil {
-				req.RequestId = requestID()
-			} else {
-				done()
-				req.RequestId, req.LowestOpenRequestId, done = lease.begin()
-			}
-			resp, err = c.acquireOn(ctx, within, conn, req)
-		}
-		tried = true
-		return err
-	}
-	err := c.retry(ctx, total, attempt)
-	if err != nil {
-		c.abandonUnlessAnswered(req, err)
-		return nil, err
-	}
-	return c.granted(ctx, resp.GetGrant(), o, lease, sent)
-}
-
-// abandonUnlessAnswered ends a request whose outcome is not known, so that
-// nobody holds a lock on its account. It goes on in the background.
-func (c *Client) abandonUnlessAnswered(req *pb.AcquireRequest, err error) {
-	var answered *Error
-	if req.GetRequestId() == 0 || errors.As(err, &answered) && !errors.Is(err, ErrUnavailable) {
-		return
-	}
-	c.inBackground(func() {
-		c.call(c.ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
-			return c.abandonOn(ctx, conn, &pb.AbandonRequest{RequestId: req.GetRequestId(), LeaseId: req.GetLeaseId()})
-		})
-	})
-}
-
-// inBackground runs what nobody waits for but Close, for a while.
-func (c *Client) inBackground(fn func()) {
-	c.mu.Lock()
-	if c.closed {
-		c.mu.Unlock()
-		return
-	}
-	c.abandons.Add(1)
-	c.mu.Unlock()
-	go func() {
-		defer c.abandons.Done()
-		fn()
-	}()
-}
-
-func (c *Client) granted(ctx context.Context, g *pb.Grant, o *acquireOptions, lease *Lease, sent time.Duration) (*Lock, error) {
+// granted makes a lock of a grant. When it fails the grant is not held.
+func (c *Client) granted(ctx context.Context, g *pb.Grant, a *acquisition) (*Lock, error) {
 	made := &struct { // one piece of memory
 		lock  Lock
 		name  [1]string
 		floor [1]fence.Token
 	}{}
 	l := &made.lock
-	l.client, l.token, l.leaseID, l.ttl, l.since = c, fence.Token(g.GetToken()), g.GetLeaseId(), g.GetTtl().AsDuration(), sent
-	l.names, l.floors = made.name[:0], made.floor[:0]
+	l.client, l.token, l.leaseID, l.ttl = c, fence.Token(g.GetToken()), g.GetLeaseId(), g.GetTtl().AsDuration()
+	l.names, l.floors, l.request = made.name[:0], made.floor[:0], a.req.GetRequestId()
 	for _, k := range g.GetLocks() {
 		l.names, l.floors = append(l.names, k.GetName()), append(l.floors, fence.Token(k.GetFloor()))
 	}
-	if lease != nil {
-		return l, c.join(l, lease.session)
+	if a.lease != nil {
+		return l, c.join(l, a.lease.session)
 	}
-	// A grant that waited began its TTL at a time this client does not know:
-	// only from a renewal on can it count.
-	for c.now()-sent > l.ttl/4 {
-		at, results, err := c.keepAliveOnce(ctx, []uint64{l.leaseID})
-		if err == nil && results[0].GetProblem() == nil {
-			sent = at
-			break
-		}
-		if err == nil {
-			p := results[0].GetProblem()
-			return nil, &LostError{Cause: causes[p.GetCause()], By: p.GetBy(), Names: l.names, LeaseID: l.leaseID, Token: l.token}
-		}
-		if ctx.Err() != nil {
-			// Nobody will hear of the grant.
-			c.inBackground(func() { c.releaseCall(c.ctx, l.leaseID, l.names[0], l.token) })
-			return nil, context.Cause(ctx)
-		}
-		if c.now()-sent > l.ttl && !errors.Is(err, ErrUnavailable) && !isDeadline(err) {
-			return nil, err
-		}
-		select {
-		case <-ctx.Done():
-		case <-c.ctx.Done():
-			return nil, ErrClosed
-		case <-time.After(20 * time.Millisecond): // pace of the network
-		}
+	sent, err := c.countsFrom(ctx, l, a.sent)
+	if err != nil {
+		return nil, err
 	}
-	s := &session{id: l.leaseID, ttl: l.ttl, own: true, onRenew: o.onRenew}
-	if o.noRenew || o.leaseID != 0 {
-		s.sent = sent
-		s.ctx, s.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
-		l.session = s
-		l.ctx, l.cancel = s.ctx, s.cancel
-		return l, nil
-	}
-	l.renewed = true
+	o := a.o
+	s := &session{id: l.leaseID, ttl: l.ttl, own: true, request: l.request, onRenew: o.onRenew, left: o.noRenew || o.leaseID != 0}
 	// Lock and lease end together: one context serves both.
 	s.locks = []*Lock{l}
-	l.session = s
+	l.session, l.renewed = s, !s.left
 	if err := c.keep(ctx, s, sent); err != nil {
 		return nil, err
 	}
 	return l, nil
+}
+
+// countsFrom is when the TTL of a grant counts from. One that waited began it
+// at a time this client does not know: only from a renewal on can it count.
+func (c *Client) countsFrom(ctx context.Context, l *Lock, sent time.Duration) (time.Duration, error) {
+	for c.now()-sent > l.ttl/4 {
+		at, resp, err := c.keepAliveOnce(ctx, &pb.KeepAliveRequest{LeaseIds: []uint64{l.leaseID}}, patience{within: c.attemptFor(), closed: c.accepting.Done()})
+		if err == nil {
+			p := resp.GetResults()[0].GetProblem()
+			if p == nil {
+				return at, nil
+			}
+			return 0, &LostError{Cause: causes[p.GetCause()], By: p.GetBy(), Names: l.names, LeaseID: l.leaseID, Token: l.token}
+		}
+		switch {
+		case ctx.Err() != nil:
+			return 0, context.Cause(ctx)
+		case errors.Is(err, ErrClosed):
+			return 0, err
+		case c.now()-sent > l.ttl && !errors.Is(err, ErrUnavailable) && !isDeadline(err):
+			return 0, err
+		}
+		select {
+		case <-ctx.Done():
+		case <-c.accepting.Done():
+			return 0, ErrClosed
+		case <-time.After(20 * time.Millisecond): // pace of the network
+		}
+	}
+	return sent, nil
 }
 
 func isDeadline(err error) bool {
@@ -308,6 +197,9 @@ func isDeadline(err error) bool {
 func (c *Client) join(l *Lock, s *session) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.closed {
+		return ErrClosed
+	}
 	l.session, l.renewed = s, true
 	l.ctx, l.cancel = context.WithCancelCause(s.ctx)
 	if s.over {
@@ -402,7 +294,8 @@ func (l *Lock) errAt(now func() time.Duration) error {
 
 // Release gives the lock back and ends its context at once, whatever the
 // server answers. It may be repeated. A lock that had been lost is an error
-// that says how: *LostError, or an *Error that is ErrNotHeld.
+// that says how: *LostError, or an *Error that is ErrNotHeld. ctx bounds the
+// waiting only: what has not been answered goes on in the background.
 func (l *Lock) Release(ctx context.Context) error {
 	// A deadline that passed while the machine slept the server knows of too.
 	lost := l.errAt(l.client.lately)
@@ -412,21 +305,49 @@ func (l *Lock) Release(ctx context.Context) error {
 	c := l.client
 	c.mu.Lock()
 	l.end(ErrReleased)
-	if s := l.session; s.own && l.renewed {
+	s := l.session
+	if s.own {
 		c.end(s, ErrReleased)
 	} else {
 		s.locks = slices.DeleteFunc(s.locks, func(x *Lock) bool { return x == l })
 	}
+	closed := c.closed
 	c.mu.Unlock()
-	err := c.releaseCall(ctx, l.leaseID, l.names[0], l.token)
+	if closed && l.renewed { // Close has given it back
+		return lost
+	}
+	req := &pb.ReleaseRequest{LeaseId: l.leaseID, Name: l.names[0], Token: uint64(l.token)}
+	if !s.own || s.left {
+		req.RequestId = l.request
+	}
+	op := releaseOperation(req)
+	err := c.releaseCall(ctx, op)
+	var e *Error
+	if err != nil && (!errors.As(err, &e) || !definite(e)) {
+		u := &unsettled{op: op, session: s}
+		switch {
+		case s.own && l.renewed:
+			u.own, u.session, u.until = s.request, nil, s.tried+s.ttl+s.ttl/100
+		case s.left: // somebody else may renew it
+			u.session = nil
+		}
+		c.unsettle(u)
+	}
 	if lost != nil {
 		return lost
 	}
 	return err
 }
 
-func (c *Client) releaseCall(ctx context.Context, leaseID uint64, name string, token fence.Token) error {
+func (c *Client) releaseCall(ctx context.Context, op *pb.Operation) error {
+	first := true
 	return c.retry(ctx, c.callFor, func(ctx context.Context, conn *grpc.ClientConn) error {
-		return c.releaseOn(ctx, c.attemptFor(), conn, &pb.ReleaseRequest{LeaseId: leaseID, Name: name, Token: uint64(token)})
+		send := op
+		if !first {
+			send = again(op)
+		}
+		first = false
+		_, err := c.ask(ctx, conn, send, patience{within: c.attemptFor()})
+		return err
 	})
 }

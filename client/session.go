@@ -1,14 +1,12 @@
 package client
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"slices"
 	"time"
 
-	"google.golang.org/grpc"
-
-	"github.com/distlock/distlock/fence"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
 
@@ -17,18 +15,27 @@ import (
 type session struct {
 	id      uint64
 	ttl     time.Duration
-	own     bool // of one acquisition, and released with it
+	own     bool   // of one acquisition, and released with it
+	left    bool   // somebody else renews it, or nobody does
+	request uint64 // of the acquisition, if it is its own
 	ctx     context.Context
 	cancel  context.CancelCauseFunc
 	locks   []*Lock
 	onRenew func(time.Time)
 
 	sent     time.Duration // when the last acknowledged renewal was sent
+	tried    time.Duration // when the last renewal was sent
 	next     time.Duration // when to renew
 	inFlight bool
 	warned   bool
 	over     bool // given back or lost: renewed no more
+	gone     bool // the server has said that the lease is
 	lastErr  error
+
+	unsettled int     // items of the client's list
+	stopped   bool    // renewed no more, though believed: what is unwanted under it must end
+	known     uint64  // losses under it that the server has told of
+	last      []*Lock // what it had when the client was closed
 }
 
 // margin covers clocks whose rates differ by 1 %, and the time it takes to act.
@@ -39,7 +46,7 @@ func (s *session) deadline() time.Duration { return s.sent + s.ttl - margin(s.tt
 
 // keep begins to keep a lease alive, and locks that were granted with it.
 func (c *Client) keep(parent context.Context, s *session, sent time.Duration) error {
-	s.sent, s.next = sent, sent+s.ttl/3
+	s.sent, s.tried, s.next = sent, sent, sent+s.ttl/3
 	s.ctx, s.cancel = context.WithCancelCause(context.WithoutCancel(parent))
 	for _, l := range s.locks {
 		l.ctx, l.cancel = s.ctx, s.cancel
@@ -49,7 +56,12 @@ func (c *Client) keep(parent context.Context, s *session, sent time.Duration) er
 	if c.closed {
 		return ErrClosed
 	}
-	c.sessions[s.id] = s
+	if s.left {
+		c.lefts[s] = struct{}{}
+	} else {
+		c.sessions[s.id] = s
+		c.shortest = min(c.shortest, s.ttl)
+	}
 	if s.next < c.wakeAt { // else it is seen in time anyway
 		c.poke()
 	}
@@ -71,7 +83,11 @@ func (c *Client) end(s *session, cause error) {
 		return
 	}
 	s.over = true
-	delete(c.sessions, s.id)
+	if s.left {
+		delete(c.lefts, s)
+	} else {
+		delete(c.sessions, s.id)
+	}
 	for _, l := range s.locks {
 		l.end(l.lostAs(cause))
 	}
@@ -83,19 +99,19 @@ func (c *Client) end(s *session, cause error) {
 // did not count the sleep.
 const longestSleep = time.Second
 
-// renew keeps all sessions alive: whatever is due leaves in one message. It is
-// the client's one goroutine, and ends with Close.
+// renew keeps all sessions alive, and waits: whatever is due leaves in one
+// message. It is the client's one goroutine, and ends with Close.
 func (c *Client) renew() {
 	defer c.group.Done()
 	timer := c.clock.NewTimer(time.Hour)
 	defer timer.Stop()
 	for {
 		due, sleep := c.due()
-		if len(due) > 0 {
-			c.group.Add(1)
+		for _, r := range due {
+			c.group.Add(1) // this goroutine is in the group
 			go func() {
 				defer c.group.Done()
-				c.keepAlive(due)
+				c.keepAlive(r)
 			}()
 		}
 		timer.Reset(sleep)
@@ -108,13 +124,28 @@ func (c *Client) renew() {
 	}
 }
 
+// renewal is a message of leases and waits to renew, all marked in flight.
+type renewal struct {
+	sessions []*session
+	waits    []*wait
+	requests []uint64 // of waits, as they are now
+	patience time.Duration
+}
+
 // due ends what is past its deadline, warns of what is in danger, and returns
 // what to renew now and how long to sleep then.
-func (c *Client) due() (due []*session, sleep time.Duration) {
+func (c *Client) due() (due []*renewal, sleep time.Duration) {
 	var warnings []Warning
+	var sessions []*session
+	var waits []*wait
 	c.mu.Lock()
 	now := c.now()
 	wakeAt := now + time.Hour
+	for s := range c.lefts {
+		if wakeAt = min(wakeAt, now+longestSleep, s.deadline()); now >= s.deadline() {
+			c.end(s, &LostError{Cause: CauseUnreachable, LeaseID: s.id})
+		}
+	}
 	for _, s := range c.sessions {
 		wakeAt = min(wakeAt, now+longestSleep)
 		if now >= s.deadline() {
@@ -131,20 +162,59 @@ func (c *Client) due() (due []*session, sleep time.Duration) {
 		}
 		wakeAt = min(wakeAt, s.deadline())
 		switch {
-		case s.inFlight:
+		case s.inFlight, s.stopped && s.unsettled > 0:
 		case now >= s.next-s.ttl/24: // what is nearly due comes along
 			s.inFlight = true
-			due = append(due, s)
+			sessions = append(sessions, s)
 		default:
 			wakeAt = min(wakeAt, s.next)
 		}
 	}
+	for _, w := range c.waits {
+		switch {
+		case w.inFlight:
+		case now >= w.next-w.ttl/24:
+			w.inFlight, w.sent = true, now
+			waits = append(waits, w)
+		default:
+			wakeAt = min(wakeAt, w.next)
+		}
+	}
+	due = c.renewals(sessions, waits)
 	c.wakeAt = wakeAt
 	c.mu.Unlock()
 	for _, w := range warnings {
 		c.warn(w)
 	}
 	return due, max(wakeAt-now, time.Millisecond)
+}
+
+// renewals makes messages of what is due: each with TTLs of about the same
+// length, for it is waited for no longer than the shortest allows. The caller
+// must hold c.mu.
+func (c *Client) renewals(sessions []*session, waits []*wait) (list []*renewal) {
+	slices.SortFunc(sessions, func(a, b *session) int { return cmp.Or(cmp.Compare(a.ttl, b.ttl), cmp.Compare(a.id, b.id)) })
+	slices.SortFunc(waits, func(a, b *wait) int { return cmp.Or(cmp.Compare(a.ttl, b.ttl), cmp.Compare(a.request, b.request)) })
+	var r *renewal
+	var shortest time.Duration
+	room := func(ttl time.Duration) *renewal {
+		if r == nil || ttl > 2*shortest || len(r.sessions)+len(r.waits) == maxKeepAlive {
+			shortest = ttl
+			r = &renewal{patience: min(attemptFor, max(ttl/3, 20*time.Millisecond))}
+			list = append(list, r)
+		}
+		return r
+	}
+	for _, s := range sessions {
+		r := room(s.ttl)
+		r.sessions = append(r.sessions, s)
+	}
+	r = nil
+	for _, w := range waits {
+		r := room(w.ttl)
+		r.waits, r.requests = append(r.waits, w), append(r.requests, w.request)
+	}
+	return list
 }
 
 func (s *session) names() []string {
@@ -161,139 +231,144 @@ func (c *Client) at(t time.Duration) time.Time { return c.clock.Now().Add(t - c.
 // maxKeepAlive bounds the leases in one message.
 const maxKeepAlive = 10_000
 
-// keepAlive renews sessions, all marked in flight, in as few messages as may be.
-func (c *Client) keepAlive(list []*session) {
-	for chunk := range slices.Chunk(list, maxKeepAlive) {
-		ids := make([]uint64, len(chunk))
-		patience := attemptFor
-		for i, s := range chunk {
-			ids[i] = s.id
-			patience = min(patience, max(s.ttl/3, 20*time.Millisecond))
-		}
-		ctx, cancel := context.WithTimeout(c.ctx, patience)
-		sent, results, err := c.keepAliveOnce(ctx, ids)
-		cancel()
-		c.renewed(chunk, sent, results, err)
-		if err == nil {
-			c.checkShared(chunk, sent)
-		}
+// keepAlive makes one attempt of a renewal.
+func (c *Client) keepAlive(r *renewal) {
+	req := &pb.KeepAliveRequest{RequestIds: r.requests}
+	c.mu.Lock()
+	for _, s := range r.sessions {
+		req.LeaseIds = append(req.LeaseIds, s.id)
+		s.tried = c.now()
 	}
+	c.mu.Unlock()
+	sent, resp, err := c.keepAliveOnce(c.ctx, req, patience{within: r.patience})
+	c.renewed(r, sent, resp, err)
 	c.poke()
 }
 
 // keepAliveOnce makes one attempt.
-func (c *Client) keepAliveOnce(ctx context.Context, ids []uint64) (sent time.Duration, results []*pb.KeepAliveResponse_Result, err error) {
+func (c *Client) keepAliveOnce(ctx context.Context, req *pb.KeepAliveRequest, until patience) (sent time.Duration, resp *pb.KeepAliveResponse, err error) {
 	c.mu.Lock()
 	at := c.current
+	conn, err := c.connLocked(at)
 	c.mu.Unlock()
-	conn, err := c.conn(at)
 	if err != nil {
 		return 0, nil, err
 	}
+	c.waiting.Add(1)
+	defer c.waiting.Add(-1)
 	sent = c.now()
-	resp, err := c.keepAliveOn(ctx, conn, &pb.KeepAliveRequest{LeaseIds: ids})
+	answer, err := c.ask(ctx, conn, &pb.Operation{Call: &pb.Operation_KeepAlive{KeepAlive: req}}, until)
 	if err != nil {
+		if errors.Is(err, ErrClosed) {
+			return 0, nil, err
+		}
 		e := toError(err)
 		c.elsewhere(at, e.Leader)
 		return 0, nil, e
 	}
-	if len(resp.GetResults()) != len(ids) {
+	resp = answer.GetKeepAlive()
+	if len(resp.GetResults()) != len(req.GetLeaseIds()) {
 		return 0, nil, errors.New("the server answered another number of renewals")
 	}
-	return sent, resp.GetResults(), nil
+	return sent, resp, nil
 }
 
-func (c *Client) renewed(list []*session, sent time.Duration, results []*pb.KeepAliveResponse_Result, err error) {
+func (c *Client) renewed(r *renewal, sent time.Duration, resp *pb.KeepAliveResponse, err error) {
 	type news struct {
 		fn       func(time.Time)
 		deadline time.Time
 	}
 	var tell []news
+	var doubted []*session
 	c.mu.Lock()
 	now := c.now()
-	for i, s := range list {
+	for i, s := range r.sessions {
 		s.inFlight = false
 		switch {
 		case s.over:
 		case err != nil:
 			s.lastErr = err
 			s.next = now + min(s.ttl/20, 500*time.Millisecond)
-		case results[i].GetProblem() != nil:
-			p := results[i].GetProblem()
+		case resp.Results[i].GetProblem() != nil:
+			p := resp.Results[i].GetProblem()
 			cause := causes[p.GetCause()]
 			if cause == "" {
 				cause = CauseExpired // long ago: the server no longer remembers
 			}
+			s.gone = true
 			c.end(s, &LostError{Cause: cause, By: p.GetBy(), LeaseID: s.id})
 		default:
 			s.sent, s.next = sent, sent+s.ttl/3
 			s.warned, s.lastErr = false, nil
+			s.stopped = s.unsettled > 0 && c.unsettledSince(s) < sent-s.ttl
+			if c.lost(s, resp.Results[i]) {
+				doubted = append(doubted, s)
+			}
 			if s.onRenew != nil {
 				tell = append(tell, news{s.onRenew, c.at(s.deadline())})
 			}
 		}
 	}
+	for i, w := range r.waits {
+		var result *pb.KeepAliveResponse_Request
+		if err == nil && i < len(resp.GetRequests()) {
+			result = resp.Requests[i]
+		}
+		c.renewedWait(w, r.requests[i], result)
+	}
 	c.mu.Unlock()
 	for _, n := range tell {
 		n.fn(n.deadline)
 	}
-}
-
-// checkShared finds holds that were force-released under leases that live on:
-// the renewal of a lease says nothing of the locks under it.
-func (c *Client) checkShared(list []*session, sent time.Duration) {
-	for _, s := range list {
-		c.mu.Lock()
-		var locks []*Lock
-		for _, l := range s.locks {
-			if !s.own && l.since < sent {
-				locks = append(locks, l)
-			}
-		}
-		c.mu.Unlock()
-		if len(locks) == 0 {
-			continue
-		}
-		info, err := c.LeaseInfo(c.ctx, s.id)
-		if err != nil {
-			continue // its renewal or its deadline will tell
-		}
-		held := make(map[fence.Token]bool)
-		for _, g := range info.Holds {
-			held[g.Token] = true
-		}
-		for _, l := range locks {
-			if held[l.token] {
-				continue
-			}
-			lost := &LostError{Cause: CauseForceReleased, LeaseID: s.id}
-			if e := toError(c.releaseCall(c.ctx, s.id, l.names[0], l.token)); e.Cause != "" {
-				lost.Cause, lost.By = e.Cause, e.By
-			}
-			c.mu.Lock()
-			l.end(l.lostAs(lost))
-			s.locks = slices.DeleteFunc(s.locks, func(x *Lock) bool { return x == l })
-			c.mu.Unlock()
-		}
+	for _, s := range doubted {
+		c.checkHolds(s)
 	}
 }
 
-// giveBack releases everything under a session.
-func (c *Client) giveBack(ctx context.Context, s *session) {
+// unsettledSince is since when the oldest item of a session is on the list. The
+// caller must hold c.mu.
+func (c *Client) unsettledSince(s *session) time.Duration {
+	for _, u := range c.unsettled {
+		if u.session == s {
+			return u.since
+		}
+	}
+	return c.now()
+}
+
+// lost ends the locks that the answer to a renewal says were lost under the
+// live lease. It reports whether there were others that the answer does not
+// name. The caller must hold c.mu.
+func (c *Client) lost(s *session, r *pb.KeepAliveResponse_Result) bool {
+	for _, l := range r.GetLost() {
+		if l.GetToken() != 0 {
+			c.lose(s, l)
+		}
+	}
+	fresh := r.GetLostCount() - min(s.known, r.GetLostCount())
+	s.known = max(s.known, r.GetLostCount())
+	return fresh > uint64(len(r.GetLost()))
+}
+
+// checkHolds asks of each lock under a lease whether it is held still: more have
+// been lost at once than the server names.
+func (c *Client) checkHolds(s *session) {
 	c.mu.Lock()
 	locks := slices.Clone(s.locks)
 	c.mu.Unlock()
 	for _, l := range locks {
-		l.Release(ctx)
-	}
-	c.mu.Lock()
-	over := s.over
-	c.end(s, ErrReleased)
-	c.mu.Unlock()
-	if !over && !s.own {
-		c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
-			_, err := leasesOf(conn).Revoke(ctx, &pb.RevokeRequest{LeaseId: s.id, By: c.owner})
-			return err
-		})
+		check, err := c.CheckToken(c.ctx, l.names[0], l.token)
+		if err != nil {
+			c.mu.Lock()
+			s.known = 0 // the next renewal tells of them again
+			c.mu.Unlock()
+			return
+		}
+		if check.Live {
+			continue
+		}
+		c.mu.Lock()
+		c.lose(s, &pb.Loss{Token: uint64(l.token), Cause: pb.EndCause_END_CAUSE_FORCE_RELEASED})
+		c.mu.Unlock()
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"slices"
 	"sync"
 	"time"
-	"unicode/utf8"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -77,7 +76,7 @@ func (s *stream) run() {
 		s.end(err)
 		return
 	}
-	s.client.group.Add(1)
+	s.client.group.Add(1) // run is in the group already
 	go func() {
 		defer s.client.group.Done()
 		s.end(s.receive(rpc))
@@ -203,11 +202,12 @@ func (s *stream) post(op *pb.Operation, waits chan *pb.Answer) (id uint64, err e
 	return op.Id, nil
 }
 
-// forget is for a caller that no longer waits.
+// forget is for a caller that no longer waits. What has not been sent yet is
+// sent all the same, unless it is an Acquire.
 func (s *stream) forget(id uint64, acquire bool) {
 	s.mu.Lock()
 	_, sent := s.open[id]
-	if i := slices.IndexFunc(s.queue, func(op *pb.Operation) bool { return op.Id == id }); i >= 0 {
+	if i := slices.IndexFunc(s.queue, func(op *pb.Operation) bool { return op.Id == id }); i >= 0 && acquire {
 		s.queue = slices.Delete(s.queue, i, i+1)
 		delete(s.open, id)
 		sent = false
@@ -220,13 +220,9 @@ func (s *stream) forget(id uint64, acquire bool) {
 	}
 }
 
-// do makes one attempt of an operation, for as long as ctx allows and within,
-// unless that is 0. An error is a status, as that of a call.
-func (c *Client) do(ctx context.Context, within time.Duration, conn *grpc.ClientConn, op *pb.Operation) (*pb.Answer, error) {
-	s, err := c.streamOn(conn)
-	if err != nil {
-		return nil, err
-	}
+// do makes one attempt of an operation. It is on its way even if ctx has ended;
+// an Acquire that nobody waits for any more is cancelled.
+func (s *stream) do(ctx context.Context, op *pb.Operation, until patience) (*pb.Answer, error) {
 	waits, ok := s.answers.Get().(chan *pb.Answer)
 	if !ok {
 		waits = make(chan *pb.Answer, 1)
@@ -237,12 +233,12 @@ func (c *Client) do(ctx context.Context, within time.Duration, conn *grpc.Client
 		return nil, err
 	}
 	var bound <-chan time.Time
-	if within > 0 {
+	if until.within > 0 {
 		timer, ok := s.bounds.Get().(*time.Timer) // pace of the network, not of a lease
 		if ok {
-			timer.Reset(within)
+			timer.Reset(until.within)
 		} else {
-			timer = time.NewTimer(within)
+			timer = time.NewTimer(until.within)
 		}
 		bound = timer.C
 		defer func() {
@@ -250,7 +246,6 @@ func (c *Client) do(ctx context.Context, within time.Duration, conn *grpc.Client
 			s.bounds.Put(timer)
 		}()
 	}
-	err = context.DeadlineExceeded
 	select {
 	case a, ok := <-waits:
 		if !ok {
@@ -264,20 +259,17 @@ func (c *Client) do(ctx context.Context, within time.Duration, conn *grpc.Client
 		}
 		return a, nil
 	case <-ctx.Done():
-		err = ctx.Err()
+		err = status.FromContextError(ctx.Err()).Err()
 	case <-bound:
+		err = status.FromContextError(context.DeadlineExceeded).Err()
+	case <-until.again:
+		err = errAskAgain
+	case <-until.closed:
+		err = ErrClosed
 	}
 	_, acquire := op.Call.(*pb.Operation_Acquire)
 	s.forget(id, acquire)
-	return nil, status.FromContextError(err).Err()
-}
-
-// withinFor bounds a call of its own like an operation on the stream.
-func withinFor(ctx context.Context, within time.Duration) (context.Context, context.CancelFunc) {
-	if within == 0 {
-		return ctx, func() {}
-	}
-	return context.WithTimeout(ctx, within)
+	return nil, err
 }
 
 // failed is the error that a call on its own would have had.
@@ -295,12 +287,16 @@ func failed(f *pb.Failure) *Error {
 func (c *Client) toldLoss(l *pb.Loss) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s := c.sessions[l.GetLeaseId()]
-	if s == nil {
-		return
+	if s := c.sessions[l.GetLeaseId()]; s != nil {
+		c.lose(s, l)
 	}
+}
+
+// lose ends what the server says has been lost. The caller must hold c.mu.
+func (c *Client) lose(s *session, l *pb.Loss) {
 	lost := &LostError{Cause: causes[l.GetCause()], By: l.GetBy(), LeaseID: s.id}
 	if l.GetToken() == 0 {
+		s.gone = true
 		c.end(s, lost)
 		return
 	}
@@ -313,78 +309,6 @@ func (c *Client) toldLoss(l *pb.Loss) {
 	})
 }
 
-func (c *Client) acquireOn(ctx context.Context, within time.Duration, conn *grpc.ClientConn, req *pb.AcquireRequest) (*pb.AcquireResponse, error) {
-	if !validText(req) {
-		return nil, errNotText
-	}
-	if c.unary || sizeOfAcquire(req) > maxOnStream {
-		ctx, cancel := withinFor(ctx, within)
-		defer cancel()
-		return locksOf(conn).Acquire(ctx, req)
-	}
-	made := &struct { // one piece of memory
-		op   pb.Operation
-		call pb.Operation_Acquire
-	}{}
-	made.call.Acquire, made.op.Call = req, &made.call
-	a, err := c.do(ctx, within, conn, &made.op)
-	return a.GetAcquire(), err
-}
-
-func (c *Client) releaseOn(ctx context.Context, within time.Duration, conn *grpc.ClientConn, req *pb.ReleaseRequest) error {
-	if !utf8.ValidString(req.GetName()) {
-		return errNotText
-	}
-	if c.unary {
-		ctx, cancel := withinFor(ctx, within)
-		defer cancel()
-		_, err := locksOf(conn).Release(ctx, req)
-		return err
-	}
-	made := &struct {
-		op   pb.Operation
-		call pb.Operation_Release
-	}{}
-	made.call.Release, made.op.Call = req, &made.call
-	_, err := c.do(ctx, within, conn, &made.op)
-	return err
-}
-
-func (c *Client) abandonOn(ctx context.Context, conn *grpc.ClientConn, req *pb.AbandonRequest) error {
-	if c.unary {
-		_, err := locksOf(conn).Abandon(ctx, req)
-		return err
-	}
-	_, err := c.do(ctx, 0, conn, &pb.Operation{Call: &pb.Operation_Abandon{Abandon: req}})
-	return err
-}
-
-func (c *Client) keepAliveOn(ctx context.Context, conn *grpc.ClientConn, req *pb.KeepAliveRequest) (*pb.KeepAliveResponse, error) {
-	if c.unary {
-		return leasesOf(conn).KeepAlive(ctx, req)
-	}
-	a, err := c.do(ctx, 0, conn, &pb.Operation{Call: &pb.Operation_KeepAlive{KeepAlive: req}})
-	return a.GetKeepAlive(), err
-}
-
-// errNotText: protobuf takes no other text, and what it does not take must not
-// end the stream for all.
-var errNotText = &Error{Reason: "INVALID_ARGUMENT", Code: codes.InvalidArgument, Message: "a name or other text of the request is not valid UTF-8"}
-
-func validText(r *pb.AcquireRequest) bool {
-	for _, name := range r.GetNames() {
-		if !utf8.ValidString(name) {
-			return false
-		}
-	}
-	for k, v := range r.GetMetadata() {
-		if !utf8.ValidString(k) || !utf8.ValidString(v) {
-			return false
-		}
-	}
-	return utf8.ValidString(r.GetOwner()) && utf8.ValidString(r.GetActor())
-}
-
 // sizeOf is about what an operation takes in a message.
 func sizeOf(op *pb.Operation) int {
 	const small = 32
@@ -394,7 +318,9 @@ func sizeOf(op *pb.Operation) int {
 	case *pb.Operation_Release:
 		return small + len(call.Release.GetName())
 	case *pb.Operation_KeepAlive:
-		return small + 9*len(call.KeepAlive.GetLeaseIds())
+		return small + 9*(len(call.KeepAlive.GetLeaseIds())+len(call.KeepAlive.GetRequestIds()))
+	case *pb.Operation_Abandon:
+		return small + 9*len(call.Abandon.GetRequestIds())
 	}
 	return small
 }

@@ -1,0 +1,158 @@
+package client
+
+import (
+	"context"
+	"time"
+	"unicode/utf8"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	pb "github.com/distlock/distlock/proto/distlock/v1"
+)
+
+// caller carries operations to a server: a stream, or calls of their own.
+type caller interface {
+	// do makes one attempt of an operation. An error is a status, as that of a
+	// call, or one of the reasons to stop waiting. The operation is on its way
+	// even if ctx has ended, where the caller can do that.
+	do(ctx context.Context, op *pb.Operation, until patience) (*pb.Answer, error)
+}
+
+// patience is how long an attempt waits for its answer, beside its context.
+type patience struct {
+	within time.Duration   // 0 for no bound
+	again  <-chan struct{} // ask again: the server knows of the request, and answers elsewhere; nil for never
+	closed <-chan struct{} // the client takes no more locks; nil for whoever does not mind
+}
+
+// errAskAgain ends an attempt whose answer goes where nobody listens.
+var errAskAgain = &Error{Code: codes.Unavailable, Message: "the server answers another attempt"}
+
+// callerOn is how an operation goes over a connection.
+func (c *Client) callerOn(conn *grpc.ClientConn, op *pb.Operation) (caller, error) {
+	if acquire, ok := op.GetCall().(*pb.Operation_Acquire); c.unary || ok && sizeOfAcquire(acquire.Acquire) > maxOnStream {
+		return calls{conn}, nil
+	}
+	return c.streamOn(conn)
+}
+
+// ask makes one attempt of an operation over a connection.
+func (c *Client) ask(ctx context.Context, conn *grpc.ClientConn, op *pb.Operation, until patience) (*pb.Answer, error) {
+	if !validText(op) {
+		return nil, errNotText
+	}
+	via, err := c.callerOn(conn, op)
+	if err != nil {
+		return nil, err
+	}
+	return via.do(ctx, op, until)
+}
+
+// calls make each operation a call of its own.
+type calls struct{ conn *grpc.ClientConn }
+
+func (u calls) do(ctx context.Context, op *pb.Operation, until patience) (*pb.Answer, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	if until.within > 0 {
+		var stop context.CancelFunc
+		ctx, stop = context.WithTimeout(ctx, until.within)
+		defer stop()
+	}
+	if until.again != nil || until.closed != nil {
+		done := make(chan struct{})
+		defer func() { <-done }()
+		go func() {
+			defer close(done)
+			select {
+			case <-until.again:
+				cancel(errAskAgain)
+			case <-until.closed:
+				cancel(ErrClosed)
+			case <-ctx.Done():
+			}
+		}()
+		defer cancel(nil)
+	}
+	a, err := u.call(ctx, op)
+	if err != nil {
+		switch cause := context.Cause(ctx); cause {
+		case errAskAgain, ErrClosed:
+			return nil, cause
+		}
+		return nil, err
+	}
+	return a, nil
+}
+
+func (u calls) call(ctx context.Context, op *pb.Operation) (*pb.Answer, error) {
+	switch r := op.GetCall().(type) {
+	case *pb.Operation_Acquire:
+		resp, err := locksOf(u.conn).Acquire(ctx, r.Acquire)
+		return &pb.Answer{Result: &pb.Answer_Acquire{Acquire: resp}}, err
+	case *pb.Operation_Release:
+		resp, err := locksOf(u.conn).Release(ctx, r.Release)
+		return &pb.Answer{Result: &pb.Answer_Release{Release: resp}}, err
+	case *pb.Operation_Abandon:
+		resp, err := locksOf(u.conn).Abandon(ctx, r.Abandon)
+		return &pb.Answer{Result: &pb.Answer_Abandon{Abandon: resp}}, err
+	case *pb.Operation_KeepAlive:
+		resp, err := leasesOf(u.conn).KeepAlive(ctx, r.KeepAlive)
+		return &pb.Answer{Result: &pb.Answer_KeepAlive{KeepAlive: resp}}, err
+	case *pb.Operation_CheckToken:
+		resp, err := locksOf(u.conn).CheckToken(ctx, r.CheckToken)
+		return &pb.Answer{Result: &pb.Answer_CheckToken{CheckToken: resp}}, err
+	}
+	return nil, status.Error(codes.Unimplemented, "not an operation of this client")
+}
+
+// errNotText: protobuf takes no other text, and what it does not take must not
+// end the stream for all.
+var errNotText = &Error{Reason: "INVALID_ARGUMENT", Code: codes.InvalidArgument, Message: "a name or other text of the request is not valid UTF-8"}
+
+func validText(op *pb.Operation) bool {
+	switch call := op.GetCall().(type) {
+	case *pb.Operation_Release:
+		return utf8.ValidString(call.Release.GetName())
+	case *pb.Operation_Acquire:
+		r := call.Acquire
+		for _, name := range r.GetNames() {
+			if !utf8.ValidString(name) {
+				return false
+			}
+		}
+		for k, v := range r.GetMetadata() {
+			if !utf8.ValidString(k) || !utf8.ValidString(v) {
+				return false
+			}
+		}
+		return utf8.ValidString(r.GetOwner()) && utf8.ValidString(r.GetActor())
+	}
+	return true
+}
+
+// acquireOperation, releaseOperation and abandonOperation put a request into an
+// operation, in one piece of memory where many are made.
+func acquireOperation(r *pb.AcquireRequest) *pb.Operation {
+	made := &struct {
+		op   pb.Operation
+		call pb.Operation_Acquire
+	}{}
+	made.call.Acquire, made.op.Call = r, &made.call
+	return &made.op
+}
+
+func releaseOperation(r *pb.ReleaseRequest) *pb.Operation {
+	made := &struct {
+		op   pb.Operation
+		call pb.Operation_Release
+	}{}
+	made.call.Release, made.op.Call = r, &made.call
+	return &made.op
+}
+
+func abandonOperation(r *pb.AbandonRequest) *pb.Operation {
+	return &pb.Operation{Call: &pb.Operation_Abandon{Abandon: r}}
+}
