@@ -57,7 +57,6 @@ type Manager struct {
 
 	mu    sync.Mutex
 	seen  Status // the leadership, as of the loop's last turn
-	ended error  // why the loop is over
 }
 
 // New returns a manager. Run starts it.

@@ -155,10 +155,15 @@ func (m *Machine) again(c *Acquire, id LeaseID, a *acquisition) Result {
 	if a == nil || !m.equal(c, id, a) {
 		return refuse(Refusal{Reason: ReasonRequestMismatch, Lease: id})
 	}
+	return a.result()
+}
+
+// result is how an acquisition stands.
+func (a *acquisition) result() Result {
 	if a.token == 0 {
-		return Result{Lease: id, Waiting: true}
+		return Result{Lease: a.lease, Waiting: true}
 	}
-	return Result{Lease: id, Grant: a.granted(a.locks())}
+	return Result{Lease: a.lease, Grant: a.granted(a.locks())}
 }
 
 // granted shows a granted acquisition, whose locks() are given.

@@ -112,10 +112,7 @@ func (m *Machine) Find(id LeaseID, req RequestID) (Result, bool) {
 	if a == nil {
 		return Result{}, false
 	}
-	if a.token == 0 {
-		return Result{Lease: id, Waiting: true}, true
-	}
-	return Result{Lease: id, Grant: a.granted(a.locks())}, true
+	return a.result(), true
 }
 
 // Explain says what a waiting acquisition waits for; nil when it does not.

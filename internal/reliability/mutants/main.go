@@ -22,25 +22,24 @@ import (
 
 // layer is what may catch a mutant: a go test that fails.
 type layer struct {
-	name string
-	sees []string // where a bug must be for the layer to run it
-	args []string
+	name  string
+	rooms []string // where a bug must be for the layer to run it
+	args  []string
 }
 
 // A failing property leaves no file behind: it would be in the working tree.
 var layers = []layer{
 	{"machine", []string{"lease/machine"}, []string{"./lease/machine", "-args", "-rapid.nofailfile"}},
-	{"manager", []string{"lease/"}, []string{"./lease", "-args", "-rapid.nofailfile"}},
-	{"simulation", []string{"lease/", "fence/"}, []string{"./internal/reliability/sim", "-run", "TestSeeds", "-args", "-seeds", "300"}},
-	{"clients", []string{"client/", "lease/manager", "lease/calls", "lease/wheel"}, []string{"./internal/reliability/sim", "-run", "TestRealClients"}},
+	{"manager", []string{"lease", "lease/machine"}, []string{"./lease", "-args", "-rapid.nofailfile"}},
+	{"simulation", []string{"lease", "lease/machine", "fence"}, []string{"./internal/reliability/sim", "-run", "TestSeeds", "-args", "-seeds", "300"}},
+	{"client", []string{"client"}, []string{"./client"}},
+	{"clients", []string{"client", "lease"}, []string{"./internal/reliability/sim", "-run", "TestRealClients"}},
 	{"files", []string{"internal/replica"}, []string{"./internal/replica", "-run", "Prefix|Flip|Damaged|Torn|FailedWrite|Killed|ManySegments"}},
 	{"crashes", []string{"internal/replica"}, []string{"./internal/e2e", "-run", "TestCrashes$|TestEveryAcknowledgement", "-args", "-crashes", "6"}},
-	{"fence", []string{"fence/"}, []string{"./fence", "./fence/fencetest"}},
+	{"fence", []string{"fence"}, []string{"./fence", "./fence/fencetest"}},
 }
 
-func (l layer) runs(file string) bool {
-	return slices.ContainsFunc(l.sees, func(prefix string) bool { return strings.HasPrefix(file, prefix) })
-}
+func (l layer) runs(m mutant) bool { return slices.Contains(l.rooms, m.room) }
 
 func main() {
 	gate := flag.Bool("gate", false, "run only the layer that must catch each mutant")
@@ -91,10 +90,10 @@ func run(gate bool, match string, sample int) error {
 			return err
 		}
 		caught := map[string]bool{}
-		row := fmt.Sprintf("| %s | `%s` |", m.name, m.file)
+		row := fmt.Sprintf("| %s | `%s` |", m.name, m.room)
 		for _, l := range layers {
 			switch {
-			case !l.runs(m.file):
+			case !l.runs(m):
 				row += " - |"
 				continue
 			case gate && l.name != m.by:
@@ -142,7 +141,7 @@ func run(gate bool, match string, sample int) error {
 
 // plant writes the mutated file and the overlay that puts it in place.
 func plant(dir string, m mutant) (string, error) {
-	text, err := mutate(".", m)
+	place, text, err := mutate(".", m)
 	if err != nil {
 		return "", err
 	}
@@ -150,7 +149,7 @@ func plant(dir string, m mutant) (string, error) {
 	if err := os.WriteFile(file, text, 0o600); err != nil {
 		return "", err
 	}
-	path, err := filepath.Abs(m.file)
+	path, err := filepath.Abs(place)
 	if err != nil {
 		return "", err
 	}
@@ -164,17 +163,32 @@ func plant(dir string, m mutant) (string, error) {
 
 var errOutgrown = errors.New("the code has outgrown it")
 
-// mutate returns the file with the bug in it. The text it replaces must be
-// there exactly once: a mutant that code has outgrown must be planted anew.
-func mutate(root string, m mutant) ([]byte, error) {
-	text, err := os.ReadFile(filepath.Join(root, m.file))
+// mutate returns the file of the mutant's room that has the text to change, and
+// the file with the bug in it. The text must be there exactly once: code may
+// move within its room, but a mutant that it has outgrown must be planted anew.
+func mutate(root string, m mutant) (place string, text []byte, err error) {
+	files, err := filepath.Glob(filepath.Join(root, m.room, "*.go"))
 	if err != nil {
-		return nil, err
+		return "", nil, err
 	}
-	if n := bytes.Count(text, []byte(m.old)); n != 1 {
-		return nil, fmt.Errorf("%s: %w: the text to change is %d times in %s", m.name, errOutgrown, n, m.file)
+	found := 0
+	for _, file := range files {
+		if strings.HasSuffix(file, "_test.go") {
+			continue
+		}
+		all, err := os.ReadFile(file)
+		if err != nil {
+			return "", nil, err
+		}
+		if n := bytes.Count(all, []byte(m.old)); n > 0 {
+			found += n
+			place, text = file, bytes.Replace(all, []byte(m.old), []byte(m.new), 1)
+		}
 	}
-	return bytes.Replace(text, []byte(m.old), []byte(m.new), 1), nil
+	if found != 1 {
+		return "", nil, fmt.Errorf("%s: %w: the text to change is %d times in %s", m.name, errOutgrown, found, m.room)
+	}
+	return place, text, nil
 }
 
 // goTool runs the go command with the mutant in place, also for what tests

@@ -14,15 +14,15 @@ func TestMutantsCanBePlanted(t *testing.T) {
 	}
 	seen := map[string]bool{}
 	for _, m := range mutants {
-		if _, err := mutate(filepath.Join("..", "..", ".."), m); err != nil {
+		if _, _, err := mutate(filepath.Join("..", "..", ".."), m); err != nil {
 			t.Error(err)
 		}
 		if seen[m.name] {
 			t.Errorf("%s is there twice", m.name)
 		}
 		seen[m.name] = true
-		if !slices.ContainsFunc(layers, func(l layer) bool { return l.name == m.by && l.runs(m.file) }) {
-			t.Errorf("%s: there is no layer %q that runs %s", m.name, m.by, m.file)
+		if !slices.ContainsFunc(layers, func(l layer) bool { return l.name == m.by && l.runs(m) }) {
+			t.Errorf("%s: there is no layer %q that runs %s", m.name, m.by, m.room)
 		}
 	}
 }
