@@ -489,3 +489,62 @@ func TestABatchThatTheNextTermCommits(t *testing.T) {
 		}
 	})
 }
+
+// TestAnotherTermsBatchIsNotProposedAgain: who leads now has found out anew
+// what must end, and asks for it once.
+func TestAnotherTermsBatchIsNotProposedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, l := startScript(t)
+		defer r.stop()
+		ctx := context.Background()
+		g, err := r.Acquire(ctx, AcquireRequest{Names: []string{"a"}, TTL: time.Second, LockDelay: time.Second})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := r.ForceRelease(ctx, "a", g.Token, "ops"); err != nil {
+			t.Fatal(err)
+		}
+		l.holding(true, false)
+		time.Sleep(time.Second + 2*tick) // the end of the delay is in the log
+		if n, _ := l.held(); n != 1 {
+			t.Fatalf("%d batches", n)
+		}
+		l.lead(2)
+		l.drop(1, false, ErrNotLeader)
+		if n, _ := l.held(); n != 0 {
+			t.Errorf("%d batches: the delay has its full length again", n)
+		}
+		time.Sleep(time.Second + 2*tick)
+		l.commit()
+		if n, _ := l.held(); n != 0 || r.Status().Locks != 0 {
+			t.Errorf("%d batches, %d locks at the end", n, r.Status().Locks)
+		}
+	})
+}
+
+// TestALateConfirmationShortensNoLease: a renewal that was received before a
+// repeat, and is confirmed after it.
+func TestALateConfirmationShortensNoLease(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, l := startScript(t)
+		defer r.stop()
+		g, err := r.own("a", time.Second, 0, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.holding(false, true)
+		renewal := background(func() (KeepAlive, error) { return r.keepAlive(g.Lease) })
+		time.Sleep(800 * time.Millisecond)
+		if _, err := r.own("a", time.Second, 0, 1); err != nil { // counts from here
+			t.Fatal(err)
+		}
+		l.holding(false, false)
+		l.confirm(nil)
+		if a := <-renewal; a.err != nil {
+			t.Fatal(a.err)
+		}
+		if info, err := r.Lease(context.Background(), g.Lease); err != nil || info.Remaining != time.Second {
+			t.Errorf("%v left, %v", info.Remaining, err)
+		}
+	})
+}

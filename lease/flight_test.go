@@ -219,3 +219,39 @@ func TestAGrantInTimeStaysWhileTheLogIsFull(t *testing.T) {
 		}
 	})
 }
+
+// TestAGrantThatComesBeforeTheEndOfItsWait: the release that grants it is in
+// the log when its time is up, and the end of the wait behind it.
+func TestAGrantThatComesBeforeTheEndOfItsWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, l := startScript(t)
+		defer r.stop()
+		holder, err := r.own("a", time.Hour, 0, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		waiter := background(func() (Grant, error) { return r.own("a", time.Hour, time.Second, 0) })
+		l.holding(true, false)
+		released := background(func() (struct{}, error) {
+			return struct{}{}, r.Release(t.Context(), ReleaseRequest{Lease: holder.Lease, Token: holder.Token})
+		})
+		time.Sleep(1100 * time.Millisecond)
+		background(func() (Grant, error) { return r.own("b", time.Hour, 0, 0) })
+		if batches, _ := l.held(); batches != 2 {
+			t.Fatalf("%d batches in the log", batches)
+		}
+		l.holding(false, false)
+		l.commit()
+		l.commit()
+		if a := <-released; a.err != nil {
+			t.Fatal(a.err)
+		}
+		a := <-waiter
+		if a.err != nil {
+			t.Fatalf("the waiter: %v", a.err)
+		}
+		if check, err := r.CheckToken(t.Context(), "a", a.value.Token); err != nil || !check.Live {
+			t.Errorf("its grant was undone: %+v %v", check, err)
+		}
+	})
+}

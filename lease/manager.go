@@ -55,8 +55,8 @@ type Manager struct {
 	queued atomic.Int64  // commands that wait for the next batch, as of the loop's last turn
 	delays deadlines     // of lock-delays, by the delay's id; only the loop changes them
 
-	mu    sync.Mutex
-	seen  Status // the leadership, as of the loop's last turn
+	mu   sync.Mutex
+	seen Status // the leadership, as of the loop's last turn
 }
 
 // New returns a manager. Run starts it.

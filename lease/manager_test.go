@@ -416,3 +416,58 @@ func TestAGrantLeavesNoTimerOfItsWait(t *testing.T) {
 		}
 	})
 }
+
+// TestALeaseLeavesNoTimerBehind: leases that come and go would fill the wheel.
+func TestALeaseLeavesNoTimerBehind(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		timers := func() (n int) {
+			if err := r.look(t.Context(), func(l *loop) {
+				for _, level := range l.wheel.count {
+					n += level
+				}
+			}); err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+		before := timers()
+		for range 100 {
+			g, err := r.own("a", time.Hour, 0, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := r.Release(t.Context(), ReleaseRequest{Lease: g.Lease, Token: g.Token}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if n := timers(); n != before {
+			t.Errorf("%d timers after 100 leases, %d before", n, before)
+		}
+	})
+}
+
+// TestARenewalOfManyLeases renews each.
+func TestARenewalOfManyLeases(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		ids := make([]ID, 12_000)
+		for i := range ids {
+			info, err := r.GrantLease(t.Context(), GrantLeaseRequest{TTL: time.Minute})
+			if err != nil {
+				t.Fatal(err)
+			}
+			ids[i] = info.ID
+		}
+		for range 3 {
+			time.Sleep(40 * time.Second)
+			list, err := r.KeepAlive(t.Context(), ids)
+			if err != nil || len(list) != len(ids) {
+				t.Fatal(len(list), err)
+			}
+			for i, k := range list {
+				if k.Err != nil || k.Lease != ids[i] || k.TTL != time.Minute {
+					t.Fatalf("lease %d of %d: %+v", i, len(ids), k)
+				}
+			}
+		}
+	})
+}

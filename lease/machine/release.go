@@ -98,8 +98,7 @@ func (m *Machine) release(c *Release) Result {
 		return refuse(Refusal{Reason: ReasonInvalid, Field: "request_id", Lease: c.Lease})
 	}
 	if a := m.findHold(c); a != nil {
-		l := m.lease(a.lease)
-		if c.Lease == 0 && !l.own() && m.at(2) {
+		if l := m.lease(a.lease); c.Lease == 0 && (l.own() || m.at(2)) {
 			m.releaseElsewhere(l, a)
 		} else {
 			m.giveBack(l, a)
@@ -133,13 +132,17 @@ func (m *Machine) release(c *Release) Result {
 	return Result{Refusal: m.notHeld(c, nil)}
 }
 
-// releaseElsewhere ends a hold under a client's lease on the word of somebody
-// who knows its token: to the client it is lost, though cleanly.
+// releaseElsewhere ends a hold on the word of somebody who knows its token, but
+// not its lease: to who has the lease it is lost, though cleanly.
 func (m *Machine) releaseElsewhere(l *lease, a *acquisition) {
 	m.endHold(l, a, EndReleased, "")
+	if l.own() {
+		m.dropLease(l, EndReleased, "")
+	} else {
+		m.recordLost(l.id, a.token, Ended{Cause: EndReleased, At: m.stamp, Revision: m.revision})
+		m.endedUnder(m.lease(l.id), a.request)
+	}
 	m.events[len(m.events)-1].Elsewhere = true
-	m.recordLost(l.id, a.token, Ended{Cause: EndReleased, At: m.stamp, Revision: m.revision})
-	m.endedUnder(m.lease(l.id), a.request)
 	m.settle()
 }
 

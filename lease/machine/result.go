@@ -233,7 +233,8 @@ type Event struct {
 	Mode     Mode
 	Cause    EndCause
 	Own      bool // the lease was made with an acquisition
-	// Elsewhere: a hold under a client's lease was released by its token alone.
+	// Elsewhere: a hold was released by its token alone, not by who has its
+	// lease. Of a lease of its own it is said of the lease's end.
 	Elsewhere bool
 	Lease     LeaseID
 	Request   RequestID
