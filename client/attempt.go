@@ -27,6 +27,7 @@ type acquisition struct {
 	began time.Duration      // when it was asked for
 	sent  time.Duration      // when the attempt under way was, or earlier
 	asked bool               // there has been an attempt
+	known bool               // the server may know of one
 	wait  *wait              // nil while its lease needs no renewal
 }
 
@@ -97,6 +98,7 @@ func (a *acquisition) once(ctx context.Context, conn *grpc.ClientConn, until pat
 	repeat := a.asked
 	a.asked = true
 	answer, err := a.c.ask(ctx, conn, acquireOperation(a.req), until)
+	a.known = a.known || !isUnsent(err)
 	if err == nil {
 		return answer.GetAcquire().GetGrant(), nil
 	}
@@ -108,7 +110,7 @@ func (a *acquisition) once(ctx context.Context, conn *grpc.ClientConn, until pat
 		a.done()
 		a.req = proto.CloneOf(a.req)
 		a.identify()
-		a.req.Attempt = 0
+		a.req.Attempt, a.known = 0, false
 		return nil, errAskAgain
 	case a.o.leaseID != 0 && a.req.GetRequestId() != 0 && e.Reason == "INVALID_ARGUMENT" && e.Field == "request_id":
 		// A server of before: it knows sequence numbers only. It makes up an id

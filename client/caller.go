@@ -2,11 +2,13 @@ package client
 
 import (
 	"context"
+	"errors"
 	"time"
 	"unicode/utf8"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
 	pb "github.com/distlock/distlock/proto/distlock/v1"
@@ -15,8 +17,9 @@ import (
 // caller carries operations to a server: a stream, or calls of their own.
 type caller interface {
 	// do makes one attempt of an operation. An error is a status, as that of a
-	// call, or one of the reasons to stop waiting. The operation is on its way
-	// even if ctx has ended, where the caller can do that.
+	// call, or one of the reasons to stop waiting; it is unsent if the server
+	// cannot know of the attempt. The operation is on its way even if ctx has
+	// ended, where the caller can do that.
 	do(ctx context.Context, op *pb.Operation, until patience) (*pb.Answer, error)
 }
 
@@ -25,6 +28,17 @@ type patience struct {
 	within time.Duration   // 0 for no bound
 	again  <-chan struct{} // ask again: the server knows of the request, and answers elsewhere; nil for never
 	closed <-chan struct{} // the client takes no more locks; nil for whoever does not mind
+}
+
+// unsent is the error of an attempt that was never handed to a connection.
+type unsent struct{ error }
+
+// Unwrap returns the error itself.
+func (u unsent) Unwrap() error { return u.error }
+
+func isUnsent(err error) bool {
+	var u unsent
+	return errors.As(err, &u)
 }
 
 // errAskAgain ends an attempt whose answer goes where nobody listens.
@@ -41,11 +55,11 @@ func (c *Client) callerOn(conn *grpc.ClientConn, op *pb.Operation) (caller, erro
 // ask makes one attempt of an operation over a connection.
 func (c *Client) ask(ctx context.Context, conn *grpc.ClientConn, op *pb.Operation, until patience) (*pb.Answer, error) {
 	if !validText(op) {
-		return nil, errNotText
+		return nil, unsent{errNotText}
 	}
 	via, err := c.callerOn(conn, op)
 	if err != nil {
-		return nil, err
+		return nil, unsent{err}
 	}
 	return via.do(ctx, op, until)
 }
@@ -80,6 +94,9 @@ func (u calls) do(ctx context.Context, op *pb.Operation, until patience) (*pb.An
 	if err != nil {
 		switch cause := context.Cause(ctx); cause {
 		case errAskAgain, ErrClosed:
+			if isUnsent(err) {
+				return nil, unsent{cause}
+			}
 			return nil, cause
 		}
 		return nil, err
@@ -90,7 +107,11 @@ func (u calls) do(ctx context.Context, op *pb.Operation, until patience) (*pb.An
 func (u calls) call(ctx context.Context, op *pb.Operation) (*pb.Answer, error) {
 	switch r := op.GetCall().(type) {
 	case *pb.Operation_Acquire:
-		resp, err := locksOf(u.conn).Acquire(ctx, r.Acquire)
+		var to peer.Peer // set once there is a connection
+		resp, err := locksOf(u.conn).Acquire(ctx, r.Acquire, grpc.Peer(&to))
+		if err != nil && to.Addr == nil {
+			err = unsent{err}
+		}
 		return &pb.Answer{Result: &pb.Answer_Acquire{Acquire: resp}}, err
 	case *pb.Operation_Release:
 		resp, err := locksOf(u.conn).Release(ctx, r.Release)

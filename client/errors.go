@@ -178,6 +178,10 @@ func toError(err error) *Error {
 	if errors.Is(err, context.DeadlineExceeded) {
 		return &Error{Code: codes.DeadlineExceeded, Message: err.Error()}
 	}
+	var u unsent
+	if errors.As(err, &u) {
+		err = u.error
+	}
 	s, _ := status.FromError(err)
 	e = &Error{Code: s.Code(), Message: s.Message()}
 	if e.Code == codes.Internal && strings.Contains(e.Message, "error while marshaling") {

@@ -8,3 +8,10 @@ func WithTimeline(now, lately func() time.Duration) Option {
 }
 
 var Boottime = boottime
+
+// Unsettled counts what the server has still to be told of.
+func Unsettled(c *Client) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.unsettled)
+}

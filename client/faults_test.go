@@ -1033,3 +1033,28 @@ func TestAReleaseThatIsNotAnsweredEndsTheLease(t *testing.T) {
 		t.Errorf("%d renewals before it gave the lease up", renewals)
 	}
 }
+
+// TestCloseWaitsForNobody that it has never reached.
+func TestCloseWaitsForNobody(t *testing.T) {
+	for _, unary := range []bool{false, true} {
+		opts := []client.Option{client.WithCallTimeout(50 * time.Millisecond)}
+		if unary {
+			opts = append(opts, client.WithUnary())
+		}
+		c, err := client.New([]string{"127.0.0.1:1"}, opts...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 10 {
+			if _, err := c.TryAcquire(t.Context(), "a"); !errors.Is(err, client.ErrUnavailable) {
+				t.Error(err)
+			}
+		}
+		if n := client.Unsettled(c); n != 0 {
+			t.Errorf("unary %v: %d requests to settle, none of which was sent", unary, n)
+		}
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}

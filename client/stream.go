@@ -47,6 +47,8 @@ type stream struct {
 	queue []*pb.Operation
 	open  map[uint64]chan *pb.Answer // of what is not answered, by id; nil when nobody waits
 	err   error                      // why it ended
+
+	unsent map[uint64]struct{} // what was still in the queue then
 }
 
 // streamOn returns the stream of a connection.
@@ -176,6 +178,10 @@ func (s *stream) end(err error) {
 		}
 		delete(s.open, id)
 	}
+	s.unsent = make(map[uint64]struct{}, len(s.queue))
+	for _, op := range s.queue {
+		s.unsent[op.Id] = struct{}{}
+	}
 	s.queue = nil
 }
 
@@ -185,7 +191,7 @@ func (s *stream) post(op *pb.Operation, waits chan *pb.Answer) (id uint64, err e
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.err != nil {
-		return 0, s.err
+		return 0, unsent{s.err}
 	}
 	s.last++
 	op.Id = s.last
@@ -203,14 +209,16 @@ func (s *stream) post(op *pb.Operation, waits chan *pb.Answer) (id uint64, err e
 }
 
 // forget is for a caller that no longer waits. What has not been sent yet is
-// sent all the same, unless it is an Acquire.
-func (s *stream) forget(id uint64, acquire bool) {
+// sent all the same, unless it is an Acquire: then forget reports true.
+func (s *stream) forget(id uint64, acquire bool) (kept bool) {
 	s.mu.Lock()
 	_, sent := s.open[id]
-	if i := slices.IndexFunc(s.queue, func(op *pb.Operation) bool { return op.Id == id }); i >= 0 && acquire {
+	if _, kept = s.unsent[id]; kept {
+		sent = false
+	} else if i := slices.IndexFunc(s.queue, func(op *pb.Operation) bool { return op.Id == id }); i >= 0 && acquire {
 		s.queue = slices.Delete(s.queue, i, i+1)
 		delete(s.open, id)
-		sent = false
+		sent, kept = false, true
 	} else if sent {
 		s.open[id] = nil
 	}
@@ -218,6 +226,7 @@ func (s *stream) forget(id uint64, acquire bool) {
 	if sent && acquire {
 		s.post(&pb.Operation{Call: &pb.Operation_Cancel{Cancel: &pb.CancelRequest{Id: id}}}, nil)
 	}
+	return kept
 }
 
 // do makes one attempt of an operation. It is on its way even if ctx has ended;
@@ -251,6 +260,9 @@ func (s *stream) do(ctx context.Context, op *pb.Operation, until patience) (*pb.
 		if !ok {
 			s.mu.Lock()
 			defer s.mu.Unlock()
+			if _, kept := s.unsent[id]; kept {
+				return nil, unsent{s.err}
+			}
 			return nil, s.err
 		}
 		s.answers.Put(waits)
@@ -268,7 +280,9 @@ func (s *stream) do(ctx context.Context, op *pb.Operation, until patience) (*pb.
 		err = ErrClosed
 	}
 	_, acquire := op.Call.(*pb.Operation_Acquire)
-	s.forget(id, acquire)
+	if s.forget(id, acquire) {
+		err = unsent{err}
+	}
 	return nil, err
 }
 

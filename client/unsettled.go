@@ -186,7 +186,7 @@ func definite(e *Error) bool {
 // unwanted ends a request of which nobody is to hold anything.
 func (c *Client) unwanted(a *acquisition) {
 	r := a.req
-	if r.GetRequestId() == 0 || !a.asked {
+	if r.GetRequestId() == 0 || !a.known {
 		return
 	}
 	u := &unsettled{op: abandonOperation(&pb.AbandonRequest{RequestId: r.GetRequestId(), LeaseId: r.GetLeaseId()})}
