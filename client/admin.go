@@ -18,6 +18,7 @@ import (
 type LockInfo struct {
 	Name           string
 	Holders        []Holder // in token order; at most 100
+	HolderCount    int      // of all
 	Waiters        []Waiter // in queue order; at most 100
 	WaiterCount    int      // of all
 	Limit          uint32   // of its shared holders and waiters; 0 for none
@@ -70,9 +71,11 @@ type LeaseInfo struct {
 	Owner      string
 	Metadata   map[string]string
 	GrantedAt  time.Time
-	Holds      []Hold
-	WaitingFor []string
-	Own        bool // made with an acquisition, ends with it
+	Holds      []Hold   // at most 100
+	WaitingFor []string // at most 100
+	// HoldCount and WaitingCount are those of all.
+	HoldCount, WaitingCount int
+	Own                     bool // made with an acquisition, ends with it
 }
 
 // Hold is one grant under a lease.
@@ -466,6 +469,7 @@ func (c *Client) Backup(ctx context.Context, w io.Writer) error {
 func lockInfo(k *pb.Lock) LockInfo {
 	return LockInfo{
 		Name: k.GetName(), Holders: holders(k.GetHolders()), Waiters: waiters(k.GetWaiters()),
+		HolderCount: max(int(k.GetHolderCount()), len(k.GetHolders())), // a server of before does not count them
 		WaiterCount: int(k.GetWaiterCount()), Limit: k.GetLimit(), DelayRemaining: k.GetDelayRemaining().AsDuration(),
 		Declared: k.GetDeclared(), Clock: k.GetClock(), LastToken: fence.Token(k.GetLastToken()),
 	}
@@ -506,6 +510,9 @@ func leaseInfo(l *pb.Lease) LeaseInfo {
 		}
 		out.Holds = append(out.Holds, h)
 	}
+	// A server of before counts neither.
+	out.HoldCount = max(int(l.GetHoldCount()), len(out.Holds))
+	out.WaitingCount = max(int(l.GetWaitingCount()), len(out.WaitingFor))
 	return out
 }
 

@@ -1058,3 +1058,44 @@ func TestCloseWaitsForNobody(t *testing.T) {
 		}
 	}
 }
+
+// TestALockUnderSomebodysLease is believed as long as the lease lives by what
+// the server says, and no longer: an acquisition does not renew it.
+func TestALockUnderSomebodysLease(t *testing.T) {
+	s := clienttest.Start(t)
+	c, keeper := s.Client(t), s.Client(t)
+	id, err := keeper.GrantID(t.Context(), 3*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Advance(2 * time.Second)
+	lock := acquire(t, c, "a", client.UnderLeaseID(id))
+	if left := lock.Remaining(); left > time.Second {
+		t.Fatalf("%v left of a lease that lives for one second more", left)
+	}
+	for range 10 {
+		if _, err := keeper.KeepAlive(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		s.Advance(time.Second)
+		if err := lock.Err(); err != nil {
+			t.Fatalf("its lease is renewed: %v", err)
+		}
+	}
+	if err := keeper.ForceRelease(t.Context(), "a", 0, "ops"); err != nil {
+		t.Fatal(err)
+	}
+	s.Advance(1500 * time.Millisecond)
+	if lost := lostAs(t, lock); lost.Cause != client.CauseForceReleased {
+		t.Errorf("%+v", lost)
+	}
+
+	other := acquire(t, c, "b", client.UnderLeaseID(id))
+	for range 100 { // nobody renews the lease any more
+		s.Advance(50 * time.Millisecond)
+		if tokens, _ := held(t, keeper, "b"); len(tokens) == 0 && other.Err() == nil {
+			t.Fatal("believed, and free at the server")
+		}
+	}
+	lostAs(t, other)
+}

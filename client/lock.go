@@ -69,7 +69,8 @@ func Actor(name string) AcquireOption { return func(o *acquireOptions) { o.actor
 func Owner(owner string) AcquireOption { return func(o *acquireOptions) { o.owner = owner } }
 
 // UnderLeaseID holds the lock under a lease that somebody else keeps alive.
-// Nothing renews it here.
+// Nothing renews it here: the client asks how long it still lives, three times
+// a TTL, and believes in the lock for as long.
 func UnderLeaseID(id uint64) AcquireOption { return func(o *acquireOptions) { o.leaseID = id } }
 
 // NoRenew leaves the lock's lease alone: it ends its TTL after the grant
@@ -144,12 +145,21 @@ func (c *Client) granted(ctx context.Context, g *pb.Grant, a *acquisition) (*Loc
 	if a.lease != nil {
 		return l, c.join(l, a.lease.session)
 	}
-	sent, err := c.countsFrom(ctx, l, a.sent)
+	o := a.o
+	s := &session{
+		id: l.leaseID, ttl: l.ttl, own: true, request: l.request, onRenew: o.onRenew,
+		left: o.noRenew || o.leaseID != 0, followed: o.leaseID != 0,
+	}
+	var sent time.Duration
+	var err error
+	if s.followed {
+		sent, err = c.follows(ctx, l.leaseID, l.ttl)
+	} else {
+		sent, err = c.countsFrom(ctx, l, a.sent)
+	}
 	if err != nil {
 		return nil, err
 	}
-	o := a.o
-	s := &session{id: l.leaseID, ttl: l.ttl, own: true, request: l.request, onRenew: o.onRenew, left: o.noRenew || o.leaseID != 0}
 	// Lock and lease end together: one context serves both.
 	s.locks = []*Lock{l}
 	l.session, l.renewed = s, !s.left
@@ -157,6 +167,19 @@ func (c *Client) granted(ctx context.Context, g *pb.Grant, a *acquisition) (*Loc
 		return nil, err
 	}
 	return l, nil
+}
+
+// follows asks how long a lease lives that somebody else renews, and returns
+// when a TTL which ends then was counted from.
+func (c *Client) follows(ctx context.Context, id uint64, ttl time.Duration) (sent time.Duration, err error) {
+	var left time.Duration
+	err = c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
+		sent = c.now()
+		resp, err := leasesOf(conn).Get(ctx, &pb.GetLeaseRequest{LeaseId: id})
+		left = resp.GetLease().GetRemaining().AsDuration()
+		return err
+	})
+	return sent + left - ttl, err
 }
 
 // countsFrom is when the TTL of a grant counts from. One that waited began it

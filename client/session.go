@@ -13,15 +13,16 @@ import (
 // session is a lease that this client keeps alive. Its fields are guarded by
 // the client's mutex.
 type session struct {
-	id      uint64
-	ttl     time.Duration
-	own     bool   // of one acquisition, and released with it
-	left    bool   // somebody else renews it, or nobody does
-	request uint64 // of the acquisition, if it is its own
-	ctx     context.Context
-	cancel  context.CancelCauseFunc
-	locks   []*Lock
-	onRenew func(time.Time)
+	id       uint64
+	ttl      time.Duration
+	own      bool   // of one acquisition, and released with it
+	left     bool   // somebody else renews it, or nobody does
+	followed bool   // somebody else does: the server is asked how long it lives
+	request  uint64 // of the acquisition, if it is its own
+	ctx      context.Context
+	cancel   context.CancelCauseFunc
+	locks    []*Lock
+	onRenew  func(time.Time)
 
 	sent     time.Duration // when the last acknowledged renewal was sent
 	tried    time.Duration // when the last renewal was sent
@@ -106,12 +107,18 @@ func (c *Client) renew() {
 	timer := c.clock.NewTimer(time.Hour)
 	defer timer.Stop()
 	for {
-		due, sleep := c.due()
+		due, follow, sleep := c.due()
+		c.group.Add(len(due) + len(follow)) // this goroutine is in the group
 		for _, r := range due {
-			c.group.Add(1) // this goroutine is in the group
 			go func() {
 				defer c.group.Done()
 				c.keepAlive(r)
+			}()
+		}
+		for _, s := range follow {
+			go func() {
+				defer c.group.Done()
+				c.follow(s)
 			}()
 		}
 		timer.Reset(sleep)
@@ -133,8 +140,8 @@ type renewal struct {
 }
 
 // due ends what is past its deadline, warns of what is in danger, and returns
-// what to renew now and how long to sleep then.
-func (c *Client) due() (due []*renewal, sleep time.Duration) {
+// what to renew now, what to ask of, and how long to sleep then.
+func (c *Client) due() (due []*renewal, follow []*session, sleep time.Duration) {
 	var warnings []Warning
 	var sessions []*session
 	var waits []*wait
@@ -142,8 +149,16 @@ func (c *Client) due() (due []*renewal, sleep time.Duration) {
 	now := c.now()
 	wakeAt := now + time.Hour
 	for s := range c.lefts {
-		if wakeAt = min(wakeAt, now+longestSleep, s.deadline()); now >= s.deadline() {
+		wakeAt = min(wakeAt, now+longestSleep, s.deadline())
+		switch {
+		case now >= s.deadline():
 			c.end(s, &LostError{Cause: CauseUnreachable, LeaseID: s.id})
+		case !s.followed, s.inFlight:
+		case now >= s.next:
+			s.inFlight = true
+			follow = append(follow, s)
+		default:
+			wakeAt = min(wakeAt, s.next)
 		}
 	}
 	for _, s := range c.sessions {
@@ -186,7 +201,7 @@ func (c *Client) due() (due []*renewal, sleep time.Duration) {
 	for _, w := range warnings {
 		c.warn(w)
 	}
-	return due, max(wakeAt-now, time.Millisecond)
+	return due, follow, max(wakeAt-now, time.Millisecond)
 }
 
 // renewals makes messages of what is due: each with TTLs of about the same
@@ -348,6 +363,41 @@ func (c *Client) lost(s *session, r *pb.KeepAliveResponse_Result) bool {
 	fresh := r.GetLostCount() - min(s.known, r.GetLostCount())
 	s.known = max(s.known, r.GetLostCount())
 	return fresh > uint64(len(r.GetLost()))
+}
+
+// follow asks of a lock whose lease somebody else keeps alive: how long the
+// lease lives, and whether the lock is held.
+func (c *Client) follow(s *session) {
+	c.mu.Lock()
+	locks := slices.Clone(s.locks)
+	c.mu.Unlock()
+	sent, err := c.follows(c.ctx, s.id, s.ttl)
+	live := true
+	for _, l := range locks {
+		var check TokenCheck
+		if err == nil {
+			check, err = c.CheckToken(c.ctx, l.names[0], l.token)
+			live = err != nil || check.Live
+		}
+	}
+	c.mu.Lock()
+	defer c.poke()
+	defer c.mu.Unlock()
+	s.inFlight = false
+	var e *Error
+	switch {
+	case errors.As(err, &e) && errors.Is(err, ErrLeaseGone):
+		cause := cmp.Or(e.Cause, CauseExpired)
+		c.end(s, &LostError{Cause: cause, By: e.By, LeaseID: s.id})
+	case !live:
+		c.end(s, &LostError{Cause: CauseForceReleased, LeaseID: s.id})
+	case err != nil:
+		s.next = c.now() + min(s.ttl/20, 500*time.Millisecond)
+	default:
+		s.sent = max(s.sent, sent)
+		now := c.now()
+		s.next = now + min(s.ttl/3, max((s.deadline()-now)/2, s.ttl/20))
+	}
 }
 
 // checkHolds asks of each lock under a lease whether it is held still: more have

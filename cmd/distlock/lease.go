@@ -133,6 +133,12 @@ func leaseGetCommand() *cobra.Command {
 				if len(rows) > 0 {
 					columns(w, []int{0, 0, 0, 50}, []string{"", "TOKEN", "FOR", "LOCK"}, rows)
 				}
+				if more := l.HoldCount - len(l.Holds); more > 0 {
+					fmt.Fprintf(w, "and %d more held\n", more)
+				}
+				if more := l.WaitingCount - len(l.WaitingFor); more > 0 {
+					fmt.Fprintf(w, "and %d more waited for\n", more)
+				}
 			})
 		},
 	})

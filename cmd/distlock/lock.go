@@ -241,7 +241,7 @@ func showLock(w io.Writer, k client.LockInfo) {
 	case len(k.Holders) > 0:
 		state = "held, " + modeName(k.Holders[0].Shared)
 		if k.Limit > 0 {
-			state += fmt.Sprintf(", %d of at most %d", len(k.Holders), k.Limit)
+			state += fmt.Sprintf(", %d of at most %d", k.HolderCount, k.Limit)
 		}
 	case k.DelayRemaining > 0:
 		state = fmt.Sprintf("delayed for %s more", short(k.DelayRemaining))
@@ -259,6 +259,9 @@ func showLock(w io.Writer, k client.LockInfo) {
 	}
 	if len(rows) > 0 {
 		columns(w, []int{0, 0, 0, 0, 30}, []string{"", "TOKEN", "LEASE", "FOR", "OWNER"}, rows)
+	}
+	if more := k.HolderCount - len(k.Holders); more > 0 {
+		fmt.Fprintf(w, "and %d more holding\n", more)
 	}
 	if more := k.WaiterCount - len(k.Waiters); more > 0 {
 		fmt.Fprintf(w, "and %d more waiting\n", more)
@@ -306,7 +309,7 @@ func lockRow(k client.LockInfo) []string {
 	if n := len(k.Holders); n > 0 {
 		h := k.Holders[0]
 		token, since, owner = h.Token.String(), ago(h.Since), dash(h.Owner)
-		if n > 1 {
+		if n = k.HolderCount; n > 1 {
 			token = fmt.Sprintf("%s (+%d)", token, n-1)
 		}
 	} else if k.DelayRemaining > 0 {

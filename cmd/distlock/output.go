@@ -188,6 +188,7 @@ type (
 	lockView struct {
 		Name           string       `json:"name"`
 		Holders        []holderView `json:"holders"`
+		HolderCount    int          `json:"holderCount"`
 		Waiters        []waiterView `json:"waiters"`
 		WaiterCount    int          `json:"waiterCount"`
 		Limit          uint32       `json:"limit,omitempty"`
@@ -210,14 +211,16 @@ type (
 		Metadata   map[string]string `json:"metadata,omitempty"`
 		GrantedAt  time.Time         `json:"grantedAt"`
 		Holds      []holdView        `json:"holds"`
+		HoldCount  int               `json:"holdCount"`
 		WaitingFor []string          `json:"waitingFor,omitempty"`
+		Waiting    int               `json:"waitingCount,omitempty"`
 		Own        bool              `json:"own,omitempty"`
 	}
 )
 
 func viewLock(k client.LockInfo) lockView {
 	v := lockView{
-		Name: k.Name, Holders: []holderView{}, Waiters: []waiterView{}, WaiterCount: k.WaiterCount, Limit: k.Limit,
+		Name: k.Name, Holders: []holderView{}, HolderCount: k.HolderCount, Waiters: []waiterView{}, WaiterCount: k.WaiterCount, Limit: k.Limit,
 		Declared: k.Declared, Clock: k.Clock, LastToken: uint64(k.LastToken),
 	}
 	if k.DelayRemaining > 0 {
@@ -245,7 +248,8 @@ func viewLock(k client.LockInfo) lockView {
 func viewLease(l client.LeaseInfo) leaseView {
 	v := leaseView{
 		LeaseID: l.ID, TTL: l.TTL.String(), Remaining: l.Remaining.Round(time.Millisecond).String(), Owner: l.Owner,
-		Metadata: l.Metadata, GrantedAt: l.GrantedAt, Holds: []holdView{}, WaitingFor: l.WaitingFor, Own: l.Own,
+		Metadata: l.Metadata, GrantedAt: l.GrantedAt, Holds: []holdView{}, HoldCount: l.HoldCount,
+		WaitingFor: l.WaitingFor, Waiting: l.WaitingCount, Own: l.Own,
 	}
 	for _, h := range l.Holds {
 		v.Holds = append(v.Holds, holdView{uint64(h.Token), modeName(h.Shared), h.Since, h.Names})

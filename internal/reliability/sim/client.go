@@ -119,11 +119,11 @@ func (c *client) call(patience time.Duration, cause error, fn func(context.Conte
 				return true
 			}
 			n.after(0, key<<4|2, func() bool {
-				manager, life := n.manager, n.life
+				manager, life := n.manager, n.life.Load()
 				go func() {
 					v, err := fn(ctx, manager)
 					c.w.after(back, key<<4|3, func() bool {
-						if n.life != life || lostBack {
+						if n.life.Load() != life || lostBack {
 							return false
 						}
 						if ack != nil {
@@ -151,7 +151,7 @@ func (c *client) call(patience time.Duration, cause error, fn func(context.Conte
 		var other *lease.NotLeaderError
 		if errors.As(x.err, &other) {
 			c.at++
-			fmt.Sscan(other.Hint, &c.at)
+			fmt.Sscanf(other.Hint, nodeAddress, &c.at)
 		}
 		return x.value, x.err
 	case <-c.killed:

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"reflect"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/distlock/distlock/fence"
@@ -54,7 +55,7 @@ type node struct {
 	rng   *rand.Rand
 
 	up, paused, cut bool
-	life            int // rises with every start
+	life            atomic.Int64 // rises with every start
 	deferred        []func() bool
 	slow            bool // its disk
 
@@ -65,6 +66,7 @@ type node struct {
 	stop    context.CancelFunc
 	ended   chan struct{}
 	applied uint64
+	face    *face // to real clients; under their mutex
 
 	snapshot      []byte
 	snapshotIndex uint64
@@ -72,24 +74,29 @@ type node struct {
 
 func newCluster(w *World, n int, rate func() float64) *cluster {
 	c := &cluster{w: w, rng: w.rng(2)}
+	c.begin(n, rate)
+	return c
+}
+
+// begin starts n nodes.
+func (c *cluster) begin(n int, rate func() float64) {
 	for i := range n {
-		x := &node{w: w, c: c, id: i, rng: w.rng(3, uint64(i))}
-		x.clock = newClock(w, x, rate())
+		x := &node{w: c.w, c: c, id: i, rng: c.w.rng(3, uint64(i))}
+		x.clock = newClock(c.w, x, rate())
 		c.nodes = append(c.nodes, x)
 		x.start()
 	}
 	c.elect(c.nodes[0])
-	return c
 }
 
 // after is World.after for what happens at the node: not once it has crashed,
 // and later while it is paused.
 func (n *node) after(d time.Duration, key uint64, fn func() bool) {
-	life := n.life
+	life := n.life.Load()
 	var run func() bool
 	run = func() bool {
 		switch {
-		case n.life != life || !n.up:
+		case n.life.Load() != life || !n.up:
 			return false
 		case n.paused:
 			n.deferred = append(n.deferred, run)
@@ -102,7 +109,7 @@ func (n *node) after(d time.Duration, key uint64, fn func() bool) {
 
 func (n *node) start() {
 	n.w.note(n.id, "starts")
-	n.life++
+	n.life.Add(1)
 	n.up, n.paused = true, false
 	n.store, n.applied = lease.NewStore(0), 0
 	durable := n.log.durable()
@@ -128,6 +135,9 @@ func (n *node) start() {
 		manager.Run(ctx)
 		close(ended)
 	}(n.ended)
+	if n.w.live != nil {
+		n.w.live.serve(n)
+	}
 }
 
 // crash loses all that is not on the disk.
@@ -136,8 +146,11 @@ func (n *node) crash() {
 		return
 	}
 	n.up, n.paused, n.deferred = false, false, nil
-	n.life++
+	n.life.Add(1)
 	n.stop()
+	if n.w.live != nil {
+		n.w.live.gone(n)
+	}
 	n.w.note(n.id, "is gone")
 	if n.c.leader == n {
 		n.c.settle(n)
@@ -309,7 +322,7 @@ func (n *node) learn(d time.Duration, term uint64) {
 		}
 		hint := ""
 		if n.c.leader != nil {
-			hint = fmt.Sprint(n.c.leader.id)
+			hint = n.c.leader.address()
 		}
 		n.log.lose(hint)
 		n.catchUp(uint64(len(n.c.entries)))
@@ -451,13 +464,21 @@ func (n *node) restart() {
 	}
 }
 
-func (n *node) pause() { n.paused = n.up }
+func (n *node) pause() {
+	n.paused = n.up
+	if n.w.live != nil && n.up {
+		n.w.live.freeze(n, true)
+	}
+}
 
 func (n *node) resume() {
 	if !n.paused {
 		return
 	}
 	n.paused = false
+	if n.w.live != nil {
+		n.w.live.freeze(n, false)
+	}
 	n.w.note(n.id, "goes on")
 	list := n.deferred
 	n.deferred = nil
@@ -502,7 +523,7 @@ func (c *cluster) heal() {
 func (c *cluster) broken(invariant, format string, args ...any) {
 	c.w.mu.Lock()
 	defer c.w.mu.Unlock()
-	c.leftovers = append(c.leftovers, check.Violation{Invariant: invariant, At: c.w.now, Msg: fmt.Sprintf(format, args...)})
+	c.leftovers = append(c.leftovers, check.Violation{Invariant: invariant, At: c.w.time(), Msg: fmt.Sprintf(format, args...)})
 }
 
 // stop ends the run: nothing may be left in the store by now.
@@ -514,14 +535,24 @@ func (c *cluster) stop() {
 			}
 			c.leader.catchUp(uint64(len(c.entries)))
 		}
+	}
+	c.end()
+	if c.leader == nil {
+		c.broken("I8", "nobody leads at the end")
+	}
+}
+
+// end stops all nodes, once each has all there is.
+func (c *cluster) end() {
+	for _, n := range c.nodes {
 		if n.up {
 			n.catchUp(uint64(len(c.entries)))
 			n.stop()
 			<-n.ended
+			if c.w.live != nil {
+				c.w.live.gone(n)
+			}
 		}
-	}
-	if c.leader == nil {
-		c.broken("I8", "nobody leads at the end")
 	}
 }
 
@@ -534,6 +565,7 @@ type log struct {
 
 	mu      sync.Mutex
 	term    uint64 // that the node believes to lead; 0 for none
+	known   leadership
 	pending []*proposal
 	count   uint64
 }
@@ -570,6 +602,7 @@ func (l *log) leads() bool {
 func (l *log) lead(term uint64) {
 	l.mu.Lock()
 	l.term = term
+	l.known.change("")
 	l.mu.Unlock()
 	l.fail()
 	l.tell(lease.Leadership{Leader: true, Term: term})
@@ -580,8 +613,9 @@ func (l *log) lead(term uint64) {
 func (l *log) lose(hint string) {
 	l.mu.Lock()
 	l.term = 0
+	l.known.change(hint)
 	l.mu.Unlock()
-	if l.told > l.n.w.now || l.n.rng.IntN(2) == 0 {
+	if l.told > l.n.w.time() || l.n.rng.IntN(2) == 0 {
 		l.fail()
 		l.tell(lease.Leadership{Hint: hint})
 		return
@@ -592,8 +626,8 @@ func (l *log) lose(hint string) {
 
 // tell reports a leadership a little later, as a step of its own.
 func (l *log) tell(state lease.Leadership) {
-	l.told = max(l.told, l.n.w.now) + time.Duration(1+l.n.rng.IntN(5000))*time.Microsecond
-	l.n.after(l.told-l.n.w.now, l.key(12), func() bool { l.leadership <- state; return true })
+	l.told = max(l.told, l.n.w.time()) + time.Duration(1+l.n.rng.IntN(5000))*time.Microsecond
+	l.n.after(l.told-l.n.w.time(), l.key(12), func() bool { l.leadership <- state; return true })
 }
 
 func (l *log) key(kind uint64) uint64 {
@@ -619,6 +653,7 @@ func (l *log) fail() {
 
 // Propose implements lease.Log.
 func (l *log) Propose(b machine.Batch, done func(machine.Outcome, error)) {
+	defer l.n.w.enter()()
 	l.mu.Lock()
 	term := l.term
 	p := &proposal{term: term, data: machine.AppendBatch(nil, &b), done: done}
@@ -675,6 +710,7 @@ func (l *log) arrive(p *proposal, key uint64) bool {
 
 // Confirm implements lease.Log: one round to the voters and back.
 func (l *log) Confirm(term uint64, done func(error)) {
+	defer l.n.w.enter()()
 	n, c := l.n, l.n.c
 	if len(c.nodes) == 1 {
 		done(nil)

@@ -92,6 +92,7 @@ type Link struct {
 	rng   *rand.Rand
 	stall map[int]time.Time // by client: nothing passes until then
 	slow  map[int]time.Duration
+	ice   bool // nothing passes
 	conns map[int][]net.Conn
 }
 
@@ -153,8 +154,12 @@ func (l *Link) carry(client int, from, to net.Conn) {
 			time.Sleep(time.Until(p.at))
 			for {
 				l.mu.Lock()
-				until := l.stall[client]
+				until, ice := l.stall[client], l.ice
 				l.mu.Unlock()
+				if ice {
+					time.Sleep(10 * time.Millisecond)
+					continue
+				}
 				if d := time.Until(until); d > 0 {
 					time.Sleep(d)
 					continue
@@ -212,5 +217,35 @@ func (l *Link) Reset(client int) {
 	l.mu.Unlock()
 	for _, c := range list {
 		c.Close()
+	}
+}
+
+// Freeze lets nothing pass at all, until it is told so again.
+func (l *Link) Freeze(frozen bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.ice = frozen
+}
+
+// Mend ends what Stall and Slow did.
+func (l *Link) Mend() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	clear(l.stall)
+	clear(l.slow)
+}
+
+// End closes the link and breaks every connection.
+func (l *Link) End() {
+	l.Close()
+	l.Freeze(false)
+	l.mu.Lock()
+	var clients []int
+	for client := range l.conns {
+		clients = append(clients, client)
+	}
+	l.mu.Unlock()
+	for _, client := range clients {
+		l.Reset(client)
 	}
 }

@@ -30,9 +30,15 @@ type World struct {
 	history *check.History
 	clear   bool // no faults: seeds that measure the lag
 
+	// stage is held while something happens, and by goroutines that the
+	// scheduler does not know of while they touch what is its own.
+	stage sync.Mutex
+	live  *live // nil where clients are those of this package
+
 	mu    sync.Mutex
 	queue queue
-	now   time.Duration
+	begin time.Time
+	wake  chan struct{} // buffered, one: there is something earlier
 	// quiet is set once faults have ended, and closing once clients begin
 	// nothing new.
 	quiet, closing bool
@@ -52,9 +58,13 @@ const (
 	settleAtMost = 120 // seconds until the last client is done
 )
 
+func newWorld(seed uint64) *World {
+	return &World{seed: seed, begin: time.Now(), wake: make(chan struct{}, 1)}
+}
+
 // Run simulates a seed. It must be called inside a synctest bubble.
 func Run(seed uint64) *World {
-	w := &World{seed: seed}
+	w := newWorld(seed)
 	r := w.rng(1)
 	w.clear = r.IntN(8) == 0
 	w.history = &check.History{Lag: 25 * time.Millisecond, Heal: 2*electionMost + maxTTL*102/100 + time.Second}
@@ -104,17 +114,17 @@ func Run(seed uint64) *World {
 		if !w.busy() {
 			break
 		}
-		w.advance(w.now + time.Second)
+		w.advance(w.time() + time.Second)
 	}
-	w.advance(w.now + expireFor)
-	w.history.End = w.now
+	w.advance(w.time() + expireFor)
+	w.history.End = w.time()
 	w.cluster.stop()
 	w.finish()
 	return w
 }
 
 // Virtual is how long the run took in its own time.
-func (w *World) Virtual() time.Duration { return w.now }
+func (w *World) Virtual() time.Duration { return w.time() }
 
 // busy tells whether a client is still at what it began.
 func (w *World) busy() bool {
@@ -201,11 +211,8 @@ func (w *World) note(node int, format string, args ...any) {
 	w.record(check.Event{Kind: check.Noted, Who: node, Cause: fmt.Sprintf(format, args...)})
 }
 
-func (w *World) time() time.Duration {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.now
-}
+// time is that since the beginning, in the bubble's time.
+func (w *World) time() time.Duration { return time.Since(w.begin) }
 
 // happening is something that the scheduler makes happen.
 type happening struct {
@@ -236,26 +243,63 @@ func (q *queue) Pop() any {
 // after schedules fn. It returns false when it did nothing that anyone could
 // react to.
 func (w *World) after(d time.Duration, key uint64, fn func() bool) {
+	h := happening{w.time() + max(d, 1), key, fn}
 	w.mu.Lock()
-	defer w.mu.Unlock()
-	heap.Push(&w.queue, happening{w.now + max(d, 1), key, fn})
+	heap.Push(&w.queue, h)
+	w.mu.Unlock()
+	if w.live != nil {
+		select {
+		case w.wake <- struct{}{}:
+		default:
+		}
+	}
 }
 
 // advance makes everything happen that is due until a time.
 func (w *World) advance(until time.Duration) {
 	for {
+		next := until
 		w.mu.Lock()
-		if len(w.queue) == 0 || w.queue[0].at > until {
-			w.now = until
-			w.mu.Unlock()
+		due := len(w.queue) > 0 && w.queue[0].at <= until
+		if due {
+			next = w.queue[0].at
+		}
+		w.mu.Unlock()
+		switch {
+		case !w.reach(next):
+			continue
+		case !due:
 			return
 		}
+		w.mu.Lock()
 		h := heap.Pop(&w.queue).(happening)
-		w.now = h.at
 		w.mu.Unlock()
-		if h.fn() {
+		w.stage.Lock()
+		did := h.fn()
+		w.stage.Unlock()
+		if did {
 			w.Steps++
 			synctest.Wait()
 		}
+	}
+}
+
+// reach lets time pass until then; false when something earlier has come up.
+func (w *World) reach(at time.Duration) bool {
+	d := at - w.time()
+	if d <= 0 {
+		return true
+	}
+	if w.live == nil {
+		time.Sleep(d)
+		return true
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-w.wake:
+		return false
 	}
 }
