@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"io"
 	"net"
 	"sync"
 	"testing"
@@ -17,7 +18,9 @@ type faulty struct {
 	held    [2]bool // to the servers, from them
 	only    string  // the server that is held up; all where it is empty
 	delay   time.Duration
+	twin    bool // what the client sends on a new connection reaches the server on a second one, too
 	conns   map[net.Conn]struct{}
+	lost    map[net.Conn]struct{} // those that carry nothing any more
 	closed  bool
 	group   sync.WaitGroup
 }
@@ -26,7 +29,7 @@ const toServer, fromServer = 0, 1
 
 func newFaulty(t testing.TB, servers ...string) *faulty {
 	t.Helper()
-	p := &faulty{addresses: make(map[string]string), conns: make(map[net.Conn]struct{})}
+	p := &faulty{addresses: make(map[string]string), conns: make(map[net.Conn]struct{}), lost: make(map[net.Conn]struct{})}
 	p.changed = sync.NewCond(&p.mu)
 	var listeners []net.Listener
 	t.Cleanup(func() {
@@ -75,7 +78,17 @@ func (p *faulty) hold(ways ...int) {
 
 func (p *faulty) slow(d time.Duration) { p.set(func() { p.delay = d }) }
 
-func (p *faulty) mend() { p.set(func() { p.held, p.only, p.delay = [2]bool{}, "", 0 }) }
+func (p *faulty) mend() { p.set(func() { p.held, p.only, p.delay, p.twin = [2]bool{}, "", 0, false }) }
+
+// swallow has the connections that there are carry nothing any more, though
+// they stay open: new ones may be made.
+func (p *faulty) swallow() {
+	p.set(func() {
+		for c := range p.conns {
+			p.lost[c] = struct{}{}
+		}
+	})
+}
 
 // reset breaks all connections; new ones may be made.
 func (p *faulty) reset() {
@@ -96,9 +109,9 @@ func (p *faulty) serve(near net.Conn, server string) {
 		near.Close()
 		return
 	}
-	ended := false
+	ended, twin := false, false
 	p.set(func() {
-		if ended = p.closed; !ended {
+		if ended, twin = p.closed, p.twin; !ended {
 			p.conns[near], p.conns[far] = struct{}{}, struct{}{}
 		}
 	})
@@ -107,13 +120,25 @@ func (p *faulty) serve(near net.Conn, server string) {
 		far.Close()
 		return
 	}
-	p.group.Go(func() { p.carry(near, far, server, fromServer) })
-	p.carry(far, near, server, toServer)
+	var second net.Conn
+	if twin {
+		if second, err = net.Dial("tcp", server); err == nil {
+			p.group.Go(func() { io.Copy(io.Discard, second) })
+			defer second.Close()
+		}
+	}
+	p.group.Go(func() { p.carry(near, far, nil, server, fromServer) })
+	p.carry(far, near, second, server, toServer)
 }
 
-func (p *faulty) carry(to, from net.Conn, server string, way int) {
+// carry takes bytes one way, and to the second, if there is one, as well.
+func (p *faulty) carry(to, from, second net.Conn, server string, way int) {
 	defer to.Close()
 	defer from.Close()
+	defer p.set(func() {
+		delete(p.conns, from)
+		delete(p.lost, from)
+	})
 	buf := make([]byte, 64<<10)
 	for {
 		n, err := from.Read(buf)
@@ -123,8 +148,15 @@ func (p *faulty) carry(to, from net.Conn, server string, way int) {
 				p.changed.Wait()
 			}
 			d := p.delay
+			_, lost := p.lost[from]
 			p.mu.Unlock()
+			if lost {
+				continue
+			}
 			time.Sleep(d)
+			if second != nil {
+				second.Write(buf[:n])
+			}
 			if _, err := to.Write(buf[:n]); err != nil {
 				return
 			}
