@@ -11,12 +11,16 @@ KILLS         ?= 50
 LOCKS         ?= 1000000
 SEQUENCES     ?= 100000
 SEEDS         ?= 2000
+SHIPPED       ?= 2000
 CRASHES       ?= 200
 RUNS          ?= 100
 FAULTS        ?= 100
 # How long crashes, linearizability and pauses may go on, budget or not; 0s: as long as they take.
 WITHIN        ?= 0s
 DURATION      ?= 10m
+BELIEVE       ?= 1m
+# Operations that make believe goes on for at least, on one node and on three.
+BELIEVED      ?= 0
 RECORDS       ?= 1000
 FLIPS         ?= 2000
 
@@ -75,6 +79,10 @@ oracle: ## run SEQUENCES random sequences against the machine and its oracle
 sim: ## simulate SEEDS clusters under faults, in virtual time
 	bash -o pipefail -c "$(GO) test ./internal/reliability/sim -v -run 'TestSeeds|TestNobodyStarves' -args -seeds $(SEEDS) -handoffs 1000000 | grep -v '^ *--- PASS\|^=== '"
 
+.PHONY: shipped
+shipped: ## simulate SHIPPED clusters with the shipped client, and compare what both sides have
+	bash -o pipefail -c "$(GO) test ./internal/reliability/sim -v -timeout 0 -run TestShippedClients -args -live $(SHIPPED) | grep -v '^ *--- PASS\|^=== '"
+
 .PHONY: files
 files: ## cut a log of RECORDS at every record, and flip FLIPS of its bits
 	$(GO) test ./internal/replica -v -run 'Prefix|NeverServed' -args -records $(RECORDS) -flips $(FLIPS)
@@ -94,6 +102,20 @@ pauses: ## stop servers and clients and harm their network, FAULTS times in each
 .PHONY: linearizability
 linearizability: ## look for an order that explains RUNS histories of one node and of three under faults
 	$(GO) test ./internal/e2e -v -timeout 60m -parallel 3 -run 'TestLinearizable|TestModel' -args -runs $(RUNS) -operations 5000 -within $(WITHIN)
+
+# The last commit of level 1, which everything newer must be able to replace.
+OLD ?= 6658922
+
+.PHONY: upgrade
+upgrade: ## run the build of OLD beside this one, and upgrade a cluster under load in both orders
+	rm -rf .bench/old && mkdir -p .bench/old
+	git archive $(OLD) | tar x -C .bench/old
+	cd .bench/old && CGO_ENABLED=0 $(GO) build -trimpath -o distlock-old ./cmd/distlock
+	$(GO) test -tags upgrade ./internal/e2e -v -timeout 20m -run '^TestUpgrade' -args -old $(CURDIR)/.bench/old/distlock-old
+
+.PHONY: believe
+believe: ## hold what servers have against what real clients believe, under faults, for BELIEVE
+	$(GO) test ./internal/e2e -v -timeout 0 -run TestBelieve -args -believe $(BELIEVE) -believed $(BELIEVED)
 
 .PHONY: mutants
 mutants: ## plant each known bug and see which layers catch it (MUTANTS=-gate: only the one that must)

@@ -144,6 +144,7 @@ type Status struct {
 	Leases, Locks, Waiters             int64
 	InMemory                           bool
 	StartedAt                          time.Time
+	Level                              uint32 // of what the cluster's members all know; 0 from a server that does not tell
 	Members                            []Member
 	Restored                           *Restored // nil for a history that no backup is the beginning of
 }
@@ -382,7 +383,7 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 		Version: r.GetVersion(), NodeID: r.GetNodeId(), ClusterID: r.GetClusterId(), Leader: r.GetLeader(),
 		Term: r.GetTerm(), Revision: r.GetRevision(), LastToken: fence.Token(r.GetLastToken()),
 		Leases: r.GetLeases(), Locks: r.GetLocks(), Waiters: r.GetWaiters(), InMemory: r.GetInMemory(),
-		StartedAt: r.GetStartedAt().AsTime(),
+		StartedAt: r.GetStartedAt().AsTime(), Level: r.GetLevel(),
 	}
 	for _, m := range r.GetMembers() {
 		s.Members = append(s.Members, Member{

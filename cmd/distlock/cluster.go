@@ -64,7 +64,7 @@ func clusterStatusCommand() *cobra.Command {
 			v := map[string]any{
 				"clusterId": s.ClusterID, "leader": s.Leader, "term": s.Term, "members": members, "version": s.Version,
 				"revision": s.Revision, "lastToken": uint64(s.LastToken), "leases": s.Leases, "locks": s.Locks,
-				"waiters": s.Waiters, "inMemory": s.InMemory, "startedAt": s.StartedAt,
+				"waiters": s.Waiters, "level": s.Level, "inMemory": s.InMemory, "startedAt": s.StartedAt,
 			}
 			if s.Restored != nil {
 				v["restored"] = map[string]any{
@@ -77,7 +77,11 @@ func clusterStatusCommand() *cobra.Command {
 				if s.InMemory {
 					durability = "in memory"
 				}
-				fmt.Fprintf(w, "distlock %s, up %s, %s; term %d, last token %d\n", s.Version, ago(s.StartedAt), durability, s.Term, s.LastToken)
+				level := ""
+				if s.Level > 0 {
+					level = fmt.Sprintf(", level %d", s.Level)
+				}
+				fmt.Fprintf(w, "distlock %s, up %s, %s%s; term %d, last token %d\n", s.Version, ago(s.StartedAt), durability, level, s.Term, s.LastToken)
 				fmt.Fprintf(w, "%s, %s, %d waiting\n", counted(int(s.Leases), "lease"), counted(int(s.Locks), "lock"), s.Waiters)
 				if s.Restored != nil {
 					fmt.Fprintf(w, "restored %s from a backup of cluster %s\n", s.Restored.At.Local().Format(time.DateTime), s.Restored.ClusterID)

@@ -52,6 +52,14 @@ type group struct {
 // startGroup starts a new cluster of n.
 func startGroup(t *testing.T, n int, args ...string) *group {
 	t.Helper()
+	g := prepareGroup(t, n, args...)
+	g.begin()
+	return g
+}
+
+// prepareGroup makes one whose processes have not begun.
+func prepareGroup(t *testing.T, n int, args ...string) *group {
+	t.Helper()
 	g := &group{t: t, net: newPartitions(t), dir: t.TempDir()}
 	var initial []string
 	var listen []string
@@ -66,11 +74,14 @@ func startGroup(t *testing.T, n int, args ...string) *group {
 	for i, m := range g.members {
 		g.launch(m, listen[i], append([]string{"--initial-cluster", strings.Join(initial, ",")}, args...)...)
 	}
+	return g
+}
+
+func (g *group) begin() {
 	for _, m := range g.members {
 		m.start()
 	}
 	g.leader()
-	return g
 }
 
 // launch prepares a member's process.

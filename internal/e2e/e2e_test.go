@@ -5,6 +5,7 @@ package e2e
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -69,6 +70,7 @@ type server struct {
 	t       testing.TB
 	address string
 	args    []string
+	binary  string   // that it runs; by default the one under test
 	wrap    []string // a command to run the server under; it leads a process group
 
 	cmd    *exec.Cmd
@@ -123,9 +125,10 @@ func (s *server) spawn() {
 	s.t.Helper()
 	host, port, _ := net.SplitHostPort(s.address)
 	args := append([]string{"--address", host, "--port", port}, s.args...)
-	cmd := exec.Command(binary, args...)
+	exe := cmp.Or(s.binary, binary)
+	cmd := exec.Command(exe, args...)
 	if s.wrap != nil {
-		cmd = exec.Command(s.wrap[0], append(append(s.wrap[1:len(s.wrap):len(s.wrap)], binary), args...)...)
+		cmd = exec.Command(s.wrap[0], append(append(s.wrap[1:len(s.wrap):len(s.wrap)], exe), args...)...)
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	}
 	pipe, err := cmd.StderrPipe()
