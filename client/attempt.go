@@ -229,6 +229,9 @@ func (c *Client) enterAcquire() error {
 type notAcquired struct{ err, ctx error }
 
 func (n *notAcquired) Error() string {
+	if errors.Is(n.err, ErrUnavailable) {
+		return n.err.Error()
+	}
 	if errors.Is(n.err, n.ctx) || n.err.Error() == n.ctx.Error() {
 		return ErrNotAcquired.Error() + ": " + n.err.Error()
 	}

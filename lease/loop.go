@@ -47,7 +47,7 @@ func (l *loop) reset() {
 }
 
 // maxFired bounds the timers that one turn looks at.
-const maxFired = 4096
+const maxFired = 1024
 
 // run is the loop.
 func (l *loop) run(ctx context.Context) (err error) {

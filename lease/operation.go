@@ -114,6 +114,8 @@ type Reply struct {
 	before *machine.View // in which to explain why a wait was in vain
 	waited waiter
 	under  ID
+	in     *machine.View // in which to show a lease, which may have many holds
+	shows  ID
 	left   []time.Duration
 }
 
@@ -123,6 +125,10 @@ func (r *Reply) complete(m *Manager) {
 	if r.before != nil && errors.As(r.Err, &timeout) {
 		timeout.Explain = *m.withDelays(r.before.Explain(r.under, r.waited.request))
 		r.before = nil
+	}
+	if r.in != nil {
+		r.Shown.Lease, _ = r.in.Lease(r.shows)
+		r.in = nil
 	}
 }
 
@@ -585,15 +591,13 @@ func (r *LockRequest) task(*Manager) (task, error) {
 func (r *LeaseRequest) task(*Manager) (task, error) {
 	id := r.Lease
 	return confirming(OpLease, 1, func(l *loop, r *Reply) {
-		shown := &LeaseInfo{}
-		l.store.Read(func(s *machine.Machine) {
-			var ok bool
-			if shown.Lease, ok = s.Lease(id); !ok {
-				r.Err = s.LeaseGone(id)
-			}
-		})
-		shown.Remaining = l.timeLeft(id)
-		r.Shown = shown
+		r.Shown = &LeaseInfo{Remaining: l.timeLeft(id)}
+		view := l.store.View()
+		if _, live := view.TTL(id); live {
+			r.shows, r.in = id, view
+			return
+		}
+		l.store.Read(func(s *machine.Machine) { r.Err = s.LeaseGone(id) })
 	}), nil
 }
 

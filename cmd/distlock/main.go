@@ -76,6 +76,7 @@ func run(args []string) int {
 	switch {
 	case errors.As(err, &exit):
 		code = exit.code
+	case errors.Is(err, client.ErrUnavailable): // of a lock, too: nobody has said that it is not free
 	case errors.Is(err, client.ErrNotAcquired):
 		code = exitNotAcquired
 	case errors.Is(err, client.ErrInvalid):

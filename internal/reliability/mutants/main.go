@@ -33,6 +33,7 @@ var layers = []layer{
 	{"manager", []string{"lease", "lease/machine"}, []string{"./lease", "-args", "-rapid.nofailfile"}},
 	{"simulation", []string{"lease", "lease/machine", "fence"}, []string{"./internal/reliability/sim", "-run", "TestSeeds", "-args", "-seeds", "300"}},
 	{"client", []string{"client"}, []string{"./client"}},
+	{"shipped", []string{"client", "lease", "lease/machine"}, []string{"./internal/reliability/sim", "-run", "TestShipped", "-args", "-live", "40"}},
 	{"clients", []string{"client", "lease"}, []string{"./internal/reliability/sim", "-run", "TestRealClients"}},
 	{"files", []string{"internal/replica"}, []string{"./internal/replica", "-run", "Prefix|Flip|Damaged|Torn|FailedWrite|Killed|ManySegments"}},
 	{"crashes", []string{"internal/replica"}, []string{"./internal/e2e", "-run", "TestCrashes$|TestEveryAcknowledgement", "-args", "-crashes", "6"}},
