@@ -7,11 +7,13 @@ import "maps"
 func init() {
 	maps.Copy(arrows, map[string][]string{
 		"internal/reliability/check":   {},
-		"internal/reliability/sim":     {"internal/reliability/check", "lease", "lease/machine", "fence"},
+		"internal/reliability/believe": {"client"},
+		"internal/reliability/sim":     {"internal/reliability/believe", "internal/reliability/check", "client", "transport", "lease", "lease/machine", "fence"},
 		"internal/reliability/mutants": {},
 	})
-	inTests["internal/e2e"] = append(inTests["internal/e2e"], "internal/reliability/check")
+	inTests["internal/e2e"] = append(inTests["internal/e2e"], "internal/reliability/check", "internal/reliability/believe")
 	maps.Copy(inTests, map[string][]string{
-		"internal/reliability/sim": {"client", "internal/server"},
+		"internal/reliability/sim":     {"internal/server"},
+		"internal/reliability/believe": {"internal/server"},
 	})
 }
