@@ -207,7 +207,7 @@ func (c *Client) connLocked(i int) (*grpc.ClientConn, error) {
 
 // Close gives back what this client still holds, and what it waits for, within
 // two seconds, and ends its goroutines. Acquisitions under way return ErrClosed.
-// Locks taken with NoRenew stay, and their contexts end.
+// Locks taken with NoRenew or UnderLeaseID stay, and their contexts end.
 func (c *Client) Close() error {
 	c.mu.Lock()
 	if c.closed {

@@ -54,6 +54,7 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 				f.settling.Go(func() { f.settle(acquire.GetLeaseId(), acquire.GetRequestId()) })
 			}
 		}()
+		defer f.renewWait(acquire)()
 	}
 	began := time.Now()
 	resp, err := handler(ctx, req)
@@ -134,6 +135,44 @@ func (f *forwarder) name(req any) *pb.AcquireRequest {
 		}
 	}
 	return nil
+}
+
+// renewWait renews the wait of an Acquire that this node has named, and so is
+// the client of, until the function returned is called, which returns when that
+// has ended.
+func (f *forwarder) renewWait(r *pb.AcquireRequest) (stop func()) {
+	every := r.GetTtl().AsDuration() / 3
+	if r.GetLeaseId() != 0 || every <= 0 || !r.GetWaitForever() && r.GetWait().AsDuration() <= every {
+		return func() {}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		next := time.NewTicker(every) // pace of a lease that nobody counts on yet
+		defer next.Stop()
+		for {
+			select {
+			case <-next.C:
+			case <-ctx.Done():
+				return
+			}
+			bounded, over := context.WithTimeout(ctx, every)
+			conn, _, err := f.cluster.Leader(bounded)
+			switch {
+			case err != nil:
+			case conn == nil:
+				f.m.Do(bounded, &lease.KeepAliveRequest{Requests: []lease.RequestID{lease.RequestID(r.GetRequestId())}})
+			default:
+				pb.NewLeaseServiceClient(conn).KeepAlive(bounded, &pb.KeepAliveRequest{RequestIds: []uint64{r.GetRequestId()}})
+			}
+			over()
+		}
+	}()
+	return func() {
+		cancel()
+		<-done
+	}
 }
 
 // randomLevel is the level at which a request under a lease may have an id that

@@ -138,3 +138,49 @@ func TestClusterForwards(t *testing.T) {
 		t.Errorf("a wait without a request id over the death of the leader: %v", err)
 	}
 }
+
+// TestClusterWaitsForWhoCannotRenew: a client that gives no request id cannot
+// renew its wait: the member that has named its request does, for as long as the
+// call waits, at the leader and elsewhere.
+func TestClusterWaitsForWhoCannotRenew(t *testing.T) {
+	g := startGroup(t, 3, "--election-timeout", "300ms")
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	leader := g.leader()
+	g.settled(leader, 3)
+	held, err := pb.NewLockServiceClient(leader.dial()).Acquire(ctx, &pb.AcquireRequest{Names: []string{"a"}, Ttl: durationpb.New(time.Minute)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	type waiter struct {
+		at   *member
+		done chan error
+	}
+	var waiters []waiter
+	for _, m := range g.members {
+		w := waiter{m, make(chan error, 1)}
+		waiters = append(waiters, w)
+		locks := pb.NewLockServiceClient(m.dial())
+		go func() {
+			a, err := locks.Acquire(ctx, &pb.AcquireRequest{Names: []string{"a"}, Ttl: durationpb.New(time.Second), WaitForever: true})
+			if err == nil {
+				_, err = locks.Release(ctx, &pb.ReleaseRequest{LeaseId: a.GetGrant().GetLeaseId(), Token: a.GetGrant().GetToken()})
+			}
+			w.done <- err
+		}()
+	}
+	locks := pb.NewLockServiceClient(leader.dial())
+	time.Sleep(4 * time.Second) // four TTLs
+	k, err := locks.Get(ctx, &pb.GetRequest{Name: "a"})
+	if err != nil || k.GetLock().GetWaiterCount() != 3 {
+		t.Fatalf("after four TTLs: %v %v", k, err)
+	}
+	if _, err := locks.Release(ctx, &pb.ReleaseRequest{LeaseId: held.GetGrant().GetLeaseId(), Token: held.GetGrant().GetToken()}); err != nil {
+		t.Fatal(err)
+	}
+	for _, w := range waiters {
+		if err := <-w.done; err != nil {
+			t.Errorf("%s: %v", w.at.id, err)
+		}
+	}
+}
