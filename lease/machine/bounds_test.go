@@ -210,3 +210,21 @@ func TestAnEqualRepeatIsEqualInEverything(t *testing.T) {
 		}
 	}
 }
+
+// TestRequestsAbandonedTogether end before anyone behind them is granted: one of
+// them is not granted in between, and who is has the floor of none of them.
+func TestRequestsAbandonedTogether(t *testing.T) {
+	m := New(0)
+	for request := RequestID(1); request <= 4; request++ {
+		do(m, &Acquire{Request: request, Names: []string{"a"}, Mode: Shared, Limit: 2, TTL: 1, Wait: true})
+	}
+	out := m.Apply(Batch{Commands: []Command{&AbandonAll{Requests: []RequestID{1, 2, 3}}}})
+	for _, e := range out.Events {
+		if e.Kind == EventGranted && (e.Request != 4 || e.Locks[0].Floor != e.Token) {
+			t.Errorf("request %d is granted with token %d and floor %d", e.Request, e.Token, e.Locks[0].Floor)
+		}
+	}
+	if r, ok := m.Find(0, 4); !ok || r.Grant == nil {
+		t.Errorf("%+v", r)
+	}
+}

@@ -9,48 +9,57 @@ import (
 const maxTokens = uint64(fence.MaxToken)
 
 func (m *Machine) abandon(c *Abandon) Result {
-	id := c.Lease
+	refusal := m.endRequest(c.Lease, c.Request)
+	m.settle()
+	return Result{Refusal: refusal}
+}
+
+// endRequest ends a request, whatever has become of it. The caller settles.
+func (m *Machine) endRequest(id LeaseID, req RequestID) *Refusal {
 	if id == 0 {
-		own, ok := m.requests[c.Request]
+		own, ok := m.requests[req]
 		if !ok {
 			// Not here yet, or ended: an Acquire that arrives later is late.
-			if c.Request != 0 && c.Request < AnonymousRequest && m.memory.request(c.Request) == nil {
-				m.memory.remember(past{revision: m.revision, request: c.Request, cause: EndReleased, at: m.stamp})
+			if req != 0 && req < AnonymousRequest && m.memory.request(req) == nil {
+				m.memory.remember(past{revision: m.revision, request: req, cause: EndReleased, at: m.stamp})
 			}
-			return Result{}
+			return nil
 		}
 		id = own
 	}
 	l := m.lease(id)
 	if l == nil {
-		return Result{}
+		return nil
 	}
-	switch a := m.acquisition(id, c.Request); {
+	switch a := m.acquisition(id, req); {
 	case a != nil:
-		m.giveBack(l, a)
+		m.end(l, a)
 	case l.own():
-	case !m.canEnd(l, c.Request):
-		return refuse(Refusal{Reason: ReasonInvalid, Field: "request_id", Lease: l.id})
+	case !m.canEnd(l, req):
+		return &Refusal{Reason: ReasonInvalid, Field: "request_id", Lease: l.id}
 	default:
-		m.endedUnder(l, c.Request)
+		m.endedUnder(l, req)
 	}
-	return Result{}
+	return nil
 }
 
 func (m *Machine) abandonAll(c *AbandonAll) Result {
 	if !m.at(2) {
 		return refuse(Refusal{Reason: ReasonInvalid, Field: "level"})
 	}
+	// All ends come first: a lock that one of them leaves must not go to a
+	// waiter that another of them takes away.
+	var refusal *Refusal
 	for _, id := range c.Requests {
-		if r := m.abandon(&Abandon{Lease: c.Lease, Request: id}); r.Refusal != nil {
-			return r
+		if refusal = m.endRequest(c.Lease, id); refusal != nil {
+			break
 		}
 	}
-	if l := m.lease(c.Lease); l != nil && c.EndLease {
+	if l := m.lease(c.Lease); l != nil && c.EndLease && refusal == nil {
 		m.endLease(l, EndReleased, "")
-		m.settle()
 	}
-	return Result{}
+	m.settle()
+	return Result{Refusal: refusal}
 }
 
 func (m *Machine) endWait(c *EndWait) Result {
@@ -80,6 +89,12 @@ func (m *Machine) endWait(c *EndWait) Result {
 // giveBack ends an acquisition cleanly, waiting or granted, and with it a
 // lease of its own.
 func (m *Machine) giveBack(l *lease, a *acquisition) {
+	m.end(l, a)
+	m.settle()
+}
+
+// end is giveBack for a caller that settles.
+func (m *Machine) end(l *lease, a *acquisition) {
 	if a.token == 0 {
 		m.leaveQueues(l, a, EndReleased, "")
 	} else {
@@ -90,7 +105,6 @@ func (m *Machine) giveBack(l *lease, a *acquisition) {
 	} else {
 		m.endedUnder(l, a.request)
 	}
-	m.settle()
 }
 
 func (m *Machine) release(c *Release) Result {

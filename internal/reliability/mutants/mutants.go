@@ -83,6 +83,8 @@ var mutants = []mutant{
 	{"holds that are broken together settle one by one", "lease/machine",
 		"\t\tm.endedUnder(m.lease(l.id), a.request)\n\t}\n\tm.settle()\n}\n\nfunc (m *Machine) declare",
 		"\t\tm.endedUnder(m.lease(l.id), a.request)\n\t\tm.settle()\n\t}\n\tm.settle()\n}\n\nfunc (m *Machine) declare", "machine"},
+	{"requests that are abandoned together settle one by one", "lease/machine",
+		"\t\tif refusal = m.endRequest(c.Lease, id); refusal != nil {\n", "\t\trefusal = m.endRequest(c.Lease, id)\n\t\tm.settle()\n\t\tif refusal != nil {\n", "machine"},
 	{"no bound on what has ended under a lease", "lease/machine",
 		"if more > 0 && l.session.spans >= maxSpans && m.at(2) {",
 		"if more > 0 && l.session.spans > maxSpans+1<<20 {", "machine"},
