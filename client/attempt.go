@@ -157,28 +157,26 @@ func (a *acquisition) waitBound(ctx context.Context) (total, within time.Duratio
 
 // acquire asks until it is answered.
 func (c *Client) acquire(ctx context.Context, names []string, o *acquireOptions, lease *Lease) (*Lock, error) {
-	if err := c.enterAcquire(); err != nil {
-		return nil, err
-	}
-	defer c.acquires.Done()
 	a := c.newAcquisition(names, o, lease)
 	defer func() { a.done() }()
 	total, within := a.waitBound(ctx)
+	if err := c.enterAcquire(a); err != nil {
+		return nil, err
+	}
+	defer c.leaveAcquire(a)
 	asked := ctx
 	if o.wait != nil && *o.wait > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, total)
 		defer cancel()
 	}
-	until := patience{within: within, closed: c.accepting.Done()}
-	if lease == nil && o.leaseID == 0 && (o.wait == nil || *o.wait > 0) {
-		a.wait = c.renewWait(a)
-		until.again = a.wait.again
-		defer func() { c.endWait(a.wait) }()
+	until := patience{within: within, closed: c.accepting}
+	if a.wait != nil {
+		until.again, until.since = a.wait.again, min(20*time.Millisecond, o.ttl/8)
 	}
 	var grant *pb.Grant
 	err := c.retry(ctx, total, func(ctx context.Context, conn *grpc.ClientConn) (err error) {
-		if a.wait != nil {
+		if a.wait != nil && a.asked {
 			a.wait.of(a.req)
 		}
 		grant, err = a.once(ctx, conn, until)
@@ -212,16 +210,26 @@ func (c *Client) acquire(ctx context.Context, names []string, o *acquireOptions,
 	return nil, err
 }
 
-// enterAcquire lets an acquisition begin, unless the client is closed. The
-// caller says c.acquires.Done.
-func (c *Client) enterAcquire() error {
+// enterAcquire lets an acquisition begin, unless the client is closed, and
+// begins to renew its wait. leaveAcquire ends both.
+func (c *Client) enterAcquire(a *acquisition) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
 		return ErrClosed
 	}
 	c.acquires.Add(1)
+	if a.lease == nil && a.o.leaseID == 0 && (a.o.wait == nil || *a.o.wait > 0) {
+		a.wait = c.renewWait(a)
+	}
 	return nil
+}
+
+func (c *Client) leaveAcquire(a *acquisition) {
+	if a.wait != nil {
+		c.endWait(a.wait)
+	}
+	c.acquires.Done()
 }
 
 // notAcquired is what stood in the way of an acquisition until its context

@@ -27,7 +27,8 @@ type caller interface {
 type patience struct {
 	within time.Duration   // 0 for no bound
 	again  <-chan struct{} // ask again: the server knows of the request, and answers elsewhere; nil for never
-	closed <-chan struct{} // the client takes no more locks; nil for whoever does not mind
+	since  time.Duration   // again stays silent for so long
+	closed context.Context // ends when the client takes no more locks; nil for whoever does not mind
 }
 
 // unsent is the error of an attempt that was never handed to a connection.
@@ -37,6 +38,9 @@ type unsent struct{ error }
 func (u unsent) Unwrap() error { return u.error }
 
 func isUnsent(err error) bool {
+	if err == nil {
+		return false
+	}
 	var u unsent
 	return errors.As(err, &u)
 }
@@ -75,20 +79,24 @@ func (u calls) do(ctx context.Context, op *pb.Operation, until patience) (*pb.An
 		ctx, stop = context.WithTimeout(ctx, until.within)
 		defer stop()
 	}
-	if until.again != nil || until.closed != nil {
+	if until.closed != nil {
+		defer context.AfterFunc(until.closed, func() { cancel(ErrClosed) })()
+	}
+	if until.again != nil { // a goroutine for those that wait longer than most
 		done := make(chan struct{})
-		defer func() { <-done }()
-		go func() {
+		late := time.AfterFunc(until.since, func() { // pace of the network: renewals come later
 			defer close(done)
 			select {
 			case <-until.again:
 				cancel(errAskAgain)
-			case <-until.closed:
-				cancel(ErrClosed)
 			case <-ctx.Done():
 			}
+		})
+		defer func() {
+			if cancel(nil); !late.Stop() {
+				<-done
+			}
 		}()
-		defer cancel(nil)
 	}
 	a, err := u.call(ctx, op)
 	if err != nil {

@@ -65,6 +65,7 @@ type Client struct {
 	refuse    context.CancelFunc
 	acquires  sync.WaitGroup // acquisitions under way
 	wake      chan struct{}  // buffered, one: the renewer looks at its sessions anew
+	waited    sync.Pool      // waits that are over, to be used again
 	waiting   atomic.Int64   // calls that wait for an answer
 
 	mu        sync.Mutex
@@ -73,7 +74,7 @@ type Client struct {
 	streams   map[*grpc.ClientConn]*stream // those that live, made on first use
 	sessions  map[uint64]*session
 	lefts     map[*session]struct{} // that this client does not keep alive
-	waits     map[uint64]*wait      // by request
+	waits     wait                  // head of a circular list of those that there are
 	unsettled []*unsettled          // in the order listed
 	settling  bool                  // there is a goroutine for it
 	shortest  time.Duration         // TTL of a session that there was
@@ -141,7 +142,7 @@ func New(endpoints []string, opts ...Option) (*Client, error) {
 		endpoints: endpoints, conns: make([]*grpc.ClientConn, len(endpoints)),
 		ctx: ctx, cancel: cancel, wake: make(chan struct{}, 1),
 		streams: make(map[*grpc.ClientConn]*stream), sessions: make(map[uint64]*session),
-		lefts: make(map[*session]struct{}), waits: make(map[uint64]*wait), shortest: time.Hour,
+		lefts: make(map[*session]struct{}), shortest: time.Hour,
 		logger: zap.NewNop(), callFor: 10 * time.Second,
 		clock: clockwork.NewRealClock(),
 	}
@@ -150,6 +151,7 @@ func New(endpoints []string, opts ...Option) (*Client, error) {
 	if host, err := os.Hostname(); err == nil {
 		c.owner = fmt.Sprintf("%s:%d", host, os.Getpid())
 	}
+	c.waits.before, c.waits.after = &c.waits, &c.waits
 	for _, opt := range opts {
 		opt(c)
 	}

@@ -131,25 +131,19 @@ func (c *Client) options(opts []AcquireOption) *acquireOptions {
 
 // granted makes a lock of a grant. When it fails the grant is not held.
 func (c *Client) granted(ctx context.Context, g *pb.Grant, a *acquisition) (*Lock, error) {
-	made := &struct { // one piece of memory
-		lock  Lock
-		name  [1]string
-		floor [1]fence.Token
-	}{}
-	l := &made.lock
-	l.client, l.token, l.leaseID, l.ttl = c, fence.Token(g.GetToken()), g.GetLeaseId(), g.GetTtl().AsDuration()
-	l.names, l.floors, l.request = made.name[:0], made.floor[:0], a.req.GetRequestId()
-	for _, k := range g.GetLocks() {
-		l.names, l.floors = append(l.names, k.GetName()), append(l.floors, fence.Token(k.GetFloor()))
-	}
 	if a.lease != nil {
+		l := newLock(c, g, a, &lockMemory{})
 		return l, c.join(l, a.lease.session)
 	}
-	o := a.o
-	s := &session{
-		id: l.leaseID, ttl: l.ttl, own: true, request: l.request, onRenew: o.onRenew,
-		left: o.noRenew || o.leaseID != 0, followed: o.leaseID != 0,
-	}
+	made := &struct { // one piece of memory
+		lockMemory
+		session session
+		held    [1]*Lock
+	}{}
+	l := newLock(c, g, a, &made.lockMemory)
+	o, s := a.o, &made.session
+	s.id, s.ttl, s.own, s.request, s.onRenew = l.leaseID, l.ttl, true, l.request, o.onRenew
+	s.left, s.followed = o.noRenew || o.leaseID != 0, o.leaseID != 0
 	var sent time.Duration
 	var err error
 	if s.followed {
@@ -161,12 +155,30 @@ func (c *Client) granted(ctx context.Context, g *pb.Grant, a *acquisition) (*Loc
 		return nil, err
 	}
 	// Lock and lease end together: one context serves both.
-	s.locks = []*Lock{l}
+	made.held[0] = l
+	s.locks = made.held[:]
 	l.session, l.renewed = s, !s.left
 	if err := c.keep(ctx, s, sent); err != nil {
 		return nil, err
 	}
 	return l, nil
+}
+
+// lockMemory is what most locks need, in one piece.
+type lockMemory struct {
+	lock  Lock
+	name  [1]string
+	floor [1]fence.Token
+}
+
+func newLock(c *Client, g *pb.Grant, a *acquisition, m *lockMemory) *Lock {
+	l := &m.lock
+	l.client, l.token, l.leaseID, l.ttl = c, fence.Token(g.GetToken()), g.GetLeaseId(), g.GetTtl().AsDuration()
+	l.names, l.floors, l.request = m.name[:0], m.floor[:0], a.req.GetRequestId()
+	for _, k := range g.GetLocks() {
+		l.names, l.floors = append(l.names, k.GetName()), append(l.floors, fence.Token(k.GetFloor()))
+	}
+	return l
 }
 
 // follows asks how long a lease lives that somebody else renews, and returns
@@ -186,7 +198,7 @@ func (c *Client) follows(ctx context.Context, id uint64, ttl time.Duration) (sen
 // at a time this client does not know: only from a renewal on can it count.
 func (c *Client) countsFrom(ctx context.Context, l *Lock, sent time.Duration) (time.Duration, error) {
 	for c.now()-sent > l.ttl/4 {
-		at, resp, err := c.keepAliveOnce(ctx, &pb.KeepAliveRequest{LeaseIds: []uint64{l.leaseID}}, patience{within: c.attemptFor(), closed: c.accepting.Done()})
+		at, resp, err := c.keepAliveOnce(ctx, &pb.KeepAliveRequest{LeaseIds: []uint64{l.leaseID}}, patience{within: c.attemptFor(), closed: c.accepting})
 		if err == nil {
 			p := resp.GetResults()[0].GetProblem()
 			if p == nil {
@@ -237,6 +249,9 @@ func (l *Lock) end(cause error) { l.cancel(cause) }
 
 // lostAs tells a session's end as the lock's own.
 func (l *Lock) lostAs(cause error) error {
+	if cause == ErrReleased { // as of most
+		return cause
+	}
 	var lost *LostError
 	if !errors.As(cause, &lost) {
 		return cause
@@ -363,13 +378,11 @@ func (l *Lock) Release(ctx context.Context) error {
 }
 
 func (c *Client) releaseCall(ctx context.Context, op *pb.Operation) error {
-	first := true
 	return c.retry(ctx, c.callFor, func(ctx context.Context, conn *grpc.ClientConn) error {
 		send := op
-		if !first {
+		if op.Id != 0 { // it has been on a stream
 			send = again(op)
 		}
-		first = false
 		_, err := c.ask(ctx, conn, send, patience{within: c.attemptFor()})
 		return err
 	})

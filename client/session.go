@@ -185,7 +185,7 @@ func (c *Client) due() (due []*renewal, follow []*session, sleep time.Duration) 
 			wakeAt = min(wakeAt, s.next)
 		}
 	}
-	for _, w := range c.waits {
+	for w := c.waits.after; w != &c.waits; w = w.after {
 		switch {
 		case w.inFlight:
 		case now >= w.next-w.ttl/24:

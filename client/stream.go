@@ -255,6 +255,10 @@ func (s *stream) do(ctx context.Context, op *pb.Operation, until patience) (*pb.
 			s.bounds.Put(timer)
 		}()
 	}
+	var closed <-chan struct{}
+	if until.closed != nil {
+		closed = until.closed.Done()
+	}
 	select {
 	case a, ok := <-waits:
 		if !ok {
@@ -276,7 +280,7 @@ func (s *stream) do(ctx context.Context, op *pb.Operation, until patience) (*pb.
 		err = status.FromContextError(context.DeadlineExceeded).Err()
 	case <-until.again:
 		err = errAskAgain
-	case <-until.closed:
+	case <-closed:
 		err = ErrClosed
 	}
 	_, acquire := op.Call.(*pb.Operation_Acquire)

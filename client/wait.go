@@ -18,17 +18,22 @@ type wait struct {
 	inFlight bool
 	again    chan struct{} // buffered, one: the attempt under way waits in vain
 	client   *Client
+
+	before, after *wait // in the client's list of them; nil when it is over
 }
 
-// renewWait begins to renew an acquisition's wait.
+// renewWait begins to renew an acquisition's wait. The caller must hold c.mu.
 func (c *Client) renewWait(a *acquisition) *wait {
-	w := &wait{ttl: a.o.ttl, next: a.began + a.o.ttl/3, again: make(chan struct{}, 1), client: c, request: a.req.GetRequestId()}
-	c.mu.Lock()
-	c.waits[w.request] = w
+	w, ok := c.waited.Get().(*wait)
+	if !ok {
+		w = &wait{client: c, again: make(chan struct{}, 1)}
+	}
+	w.ttl, w.next, w.request = a.o.ttl, a.began+a.o.ttl/3, a.req.GetRequestId()
+	w.before, w.after = &c.waits, c.waits.after
+	w.before.after, w.after.before = w, w
 	if w.next < c.wakeAt {
 		c.poke()
 	}
-	c.mu.Unlock()
 	return w
 }
 
@@ -37,22 +42,26 @@ func (c *Client) renewWait(a *acquisition) *wait {
 func (w *wait) of(r *pb.AcquireRequest) {
 	w.client.mu.Lock()
 	defer w.client.mu.Unlock()
-	if w.request != r.GetRequestId() {
-		delete(w.client.waits, w.request)
-		w.request = r.GetRequestId()
-		w.client.waits[w.request] = w
-	}
-	select { // of an attempt that is over
-	case <-w.again:
-	default:
-	}
+	w.request = r.GetRequestId()
+	w.drain()
 }
 
 func (c *Client) endWait(w *wait) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.waits[w.request] == w {
-		delete(c.waits, w.request)
+	w.before.after, w.after.before = w.after, w.before
+	w.before, w.after = nil, nil
+	if !w.inFlight { // nobody else has it: most are never renewed
+		w.drain()
+		c.waited.Put(w)
+	}
+}
+
+// drain takes a word out that is of an attempt which is over.
+func (w *wait) drain() {
+	select {
+	case <-w.again:
+	default:
 	}
 }
 
@@ -61,7 +70,7 @@ func (c *Client) endWait(w *wait) {
 func (c *Client) renewedWait(w *wait, request uint64, r *pb.KeepAliveResponse_Request) {
 	now := c.now()
 	w.inFlight = false
-	if w.request != request || c.waits[request] != w {
+	if w.request != request || w.after == nil {
 		return
 	}
 	if r == nil {

@@ -49,11 +49,12 @@ type Manager struct {
 	aside    int       // Config.Beside
 	start    time.Time // times in the manager are spans since it
 
-	inbox  inbox
-	ports  atomic.Uint32 // number of the last port made
-	ready  chan struct{} // closed by the loop
-	queued atomic.Int64  // commands that wait for the next batch, as of the loop's last turn
-	delays deadlines     // of lock-delays, by the delay's id; only the loop changes them
+	inbox   inbox
+	ports   atomic.Uint32 // number of the last port made
+	ready   chan struct{} // closed by the loop
+	queued  atomic.Int64  // commands that wait for the next batch, as of the loop's last turn
+	callers sync.Pool     // those that have been answered, to be used again
+	delays  deadlines     // of lock-delays, by the delay's id; only the loop changes them
 
 	mu   sync.Mutex
 	seen Status // the leadership, as of the loop's last turn
@@ -107,7 +108,10 @@ func (m *Manager) Do(ctx context.Context, op Operation) (Reply, error) {
 	if err != nil {
 		return Reply{Err: err}, err
 	}
-	caller := make(caller, 1)
+	caller, ok := m.callers.Get().(caller)
+	if !ok {
+		caller = newCaller()
+	}
 	t.from().sink = caller
 	if !m.inbox.put(t) {
 		err := m.over()
@@ -118,6 +122,7 @@ func (m *Manager) Do(ctx context.Context, op Operation) (Reply, error) {
 	select {
 	case r = <-caller:
 		answered = true
+		m.callers.Put(caller) // nothing else comes
 	case <-ctx.Done():
 	}
 	if ctx.Err() != nil && r.Err == nil { // nobody hears the answer, if there is one

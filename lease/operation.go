@@ -68,6 +68,8 @@ type sink interface {
 // caller is a sink of one.
 type caller chan Reply // buffered, one
 
+func newCaller() caller { return make(caller, 1) }
+
 func (caller) admit(*call) error       { return nil }
 func (caller) parks(*call)             {}
 func (caller) leaves(*call)            {}
@@ -110,25 +112,33 @@ type Reply struct {
 	Shown     *LeaseInfo
 
 	weight int64
-	asked  *call         // of an Acquire on a Port that may have to be undone
-	before *machine.View // in which to explain why a wait was in vain
-	waited waiter
-	under  ID
-	in     *machine.View // in which to show a lease, which may have many holds
-	shows  ID
-	left   []time.Duration
+	asked  *call // of an Acquire on a Port that may have to be undone
+	rest   *rest // what is to be added off the loop; nil for most
 }
 
-// complete adds what takes long to find, and need not be found on the loop.
+// rest is what takes long to find, and need not be found on the loop.
+type rest struct {
+	in      *machine.View
+	lease   ID
+	request RequestID       // whose wait was in vain, to be explained; 0 for the lease, which may have many holds
+	left    []time.Duration // of leases, for who lists them
+}
+
+// complete adds what is to be added off the loop.
 func (r *Reply) complete(m *Manager) {
-	var timeout *WaitTimeoutError
-	if r.before != nil && errors.As(r.Err, &timeout) {
-		timeout.Explain = *m.withDelays(r.before.Explain(r.under, r.waited.request))
-		r.before = nil
+	if r.rest != nil && r.rest.in != nil {
+		r.rest.complete(m, r.Err, r.Shown)
+		r.rest = nil
 	}
-	if r.in != nil {
-		r.Shown.Lease, _ = r.in.Lease(r.shows)
-		r.in = nil
+}
+
+func (x *rest) complete(m *Manager, err error, shown *LeaseInfo) {
+	var timeout *WaitTimeoutError
+	switch {
+	case x.request == 0:
+		shown.Lease, _ = x.in.Lease(x.lease)
+	case errors.As(err, &timeout):
+		timeout.Explain = *m.withDelays(x.in.Explain(x.lease, x.request))
 	}
 }
 
@@ -306,7 +316,10 @@ func (c *call) answer(l *loop, r machine.Result, err error) {
 		c.sink.done(c)
 		if err != nil {
 			l.refused(c)
-			reply.Err, reply.before, reply.waited, reply.under = heldError(err, c.explain), c.before, c.key, c.leaseID
+			reply.Err = heldError(err, c.explain)
+			if c.before != nil {
+				reply.rest = &rest{in: c.before, lease: c.leaseID, request: c.key.request}
+			}
 			break
 		}
 		reply.Grant, reply.TTL = r.Grant, time.Duration(cmd.TTL)
@@ -594,7 +607,7 @@ func (r *LeaseRequest) task(*Manager) (task, error) {
 		r.Shown = &LeaseInfo{Remaining: l.timeLeft(id)}
 		view := l.store.View()
 		if _, live := view.TTL(id); live {
-			r.shows, r.in = id, view
+			r.rest = &rest{in: view, lease: id}
 			return
 		}
 		l.store.Read(func(s *machine.Machine) { r.Err = s.LeaseGone(id) })
@@ -607,8 +620,9 @@ type timesLeft []ID
 
 func (ids timesLeft) task(*Manager) (task, error) {
 	return confirming(0, 1, func(l *loop, r *Reply) {
+		r.rest = &rest{}
 		for _, id := range ids {
-			r.left = append(r.left, l.timeLeft(id))
+			r.rest.left = append(r.rest.left, l.timeLeft(id))
 		}
 	}), nil
 }

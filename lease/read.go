@@ -19,8 +19,10 @@ func (m *Manager) Leases(ctx context.Context, after ID, limit int) (list []Lease
 		ids[i] = list[i].ID
 	}
 	r, err := m.Do(ctx, ids)
-	for i, left := range r.left {
-		list[i].Remaining = left
+	if err == nil {
+		for i, left := range r.rest.left {
+			list[i].Remaining = left
+		}
 	}
 	return list, more, err
 }

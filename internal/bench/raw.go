@@ -123,7 +123,7 @@ func (b *bench) pipe(rpc multiplexClient, connection, depth int, h *hdrhistogram
 	now := time.Now()
 	for i := range slots {
 		s, name := &slots[i], b.name(connection*1_000_000+i)
-		s.acquired = &pb.AcquireRequest{Names: []string{name}, Ttl: ttl, Owner: owner, WaitForever: true}
+		s.acquired = &pb.AcquireRequest{Names: []string{name}, Ttl: ttl, Owner: owner, WaitForever: true, Attempt: 1}
 		s.released = &pb.ReleaseRequest{Name: name}
 		s.acquire = &pb.Operation{Id: uint64(i + 1), Call: &pb.Operation_Acquire{Acquire: s.acquired}}
 		s.release = &pb.Operation{Id: uint64(i + 1), Call: &pb.Operation_Release{Release: s.released}}
@@ -224,7 +224,7 @@ func (m *made) chunk(b *bench, connection, from, to int, ttl func(int) time.Dura
 		m.asked[i] = now
 		msg.Operations = append(msg.Operations, &pb.Operation{Id: uint64(i + 1), Call: &pb.Operation_Acquire{Acquire: &pb.AcquireRequest{
 			Names: []string{b.name(connection*10_000_000 + i)}, Ttl: durationpb.New(ttl(i)), Owner: "bench",
-			RequestId: rand.Uint64N(1<<63-1) + 1,
+			RequestId: rand.Uint64N(1<<63-1) + 1, Attempt: 1,
 		}}})
 	}
 	if err := m.rpc.Send(msg); err != nil {
