@@ -156,13 +156,11 @@ type drain struct{}
 func (drain) take(l *loop) {
 	l.draining = true
 	for _, c := range l.waiting.parked {
-		if c.wait.armed() {
-			l.wheel.disarm(c.wait)
-		}
+		l.wheel.disarm(c.few().wait)
 		// Until the end nobody but a restarted server, with full TTLs, is to
 		// end the lease of one who waits.
 		if c.key.lease == 0 {
-			l.suspend(c.leaseID)
+			l.suspend(c.few().leaseID)
 		}
 		c.answer(l, machine.Result{}, ErrStopping)
 	}

@@ -152,18 +152,11 @@ type call struct {
 	// Of an Acquire.
 	attempt uint32
 	key     waiter
-	serial  uint64        // among the calls that do not count attempts
 	bound   time.Duration // of the wait; WaitForever for none
 	since   time.Duration // when the loop took it in
-	wait    *timer        // while it is parked, if there is a bound
-	leaseID ID            // once it waits
-	explain *Explanation  // once it was refused
 
-	part   *several      // of which this is one
-	ends   *call         // this ends a wait that has reached its bound
-	undoes *call         // this undoes a call that has left
-	before *machine.View // what stood before an ended wait
-	room   room          // that it has reserved
+	aside *aside // what few calls have; nil for most
+	room  room   // that it has reserved
 
 	onPort   bool // parked, by the port's count
 	answered bool
@@ -173,6 +166,37 @@ type call struct {
 	granted  bool // it was answered with what it asked for
 }
 
+// aside is what few calls have, apart so that all others are small.
+type aside struct {
+	serial  uint64       // of an Acquire, among those that do not count attempts
+	leaseID ID           // of an Acquire that waits
+	wait    *timer       // while it is parked, if there is a bound
+	explain *Explanation // once it was refused
+
+	before *machine.View // what stood before an ended wait
+	part   *several      // of which this is one
+	ends   *call         // this ends a wait that has reached its bound
+	undoes *call         // this undoes a call that has left
+}
+
+// few reads what is aside.
+func (c *call) few() *aside {
+	if c.aside == nil {
+		return &noneAside
+	}
+	return c.aside
+}
+
+var noneAside aside // never changed
+
+// with is few, to be changed.
+func (c *call) with() *aside {
+	if c.aside == nil {
+		c.aside = &aside{}
+	}
+	return c.aside
+}
+
 // room is what a command may add to the tables.
 type room struct{ leases, locks, waiters int32 }
 
@@ -180,7 +204,7 @@ func (r *room) add(o room) { r.leases += o.leases; r.locks += o.locks; r.waiters
 func (r *room) sub(o room) { r.leases -= o.leases; r.locks -= o.locks; r.waiters -= o.waiters }
 
 // asked reports whether somebody waits for the answer.
-func (c *call) asked() bool { return c.sink != nil || c.part != nil }
+func (c *call) asked() bool { return c.sink != nil || c.few().part != nil }
 
 // acquires reports whether the call is an Acquire.
 func (c *call) acquires() bool { return c.op == OpAcquire }
@@ -199,7 +223,7 @@ func (c *call) take(l *loop) {
 	if err == nil && l.draining {
 		err = ErrStopping
 	}
-	if err == nil && c.op == OpAbandon && c.serial != 0 && l.waiting.newest[c.key] != c.serial {
+	if err == nil && c.op == OpAbandon && c.few().serial != 0 && l.waiting.newest[c.key] != c.few().serial {
 		c.answer(l, machine.Result{}, nil) // a later call goes on with it
 		return
 	}
@@ -295,8 +319,8 @@ var errCanceled error = context.Canceled
 
 // answer tells whoever asked; later answers are not heard.
 func (c *call) answer(l *loop, r machine.Result, err error) {
-	if c.undoes != nil { // whatever became of the undoing
-		c.undoes.answer(l, machine.Result{}, errCanceled)
+	if undone := c.few().undoes; undone != nil { // whatever became of the undoing
+		undone.answer(l, machine.Result{}, errCanceled)
 		return
 	}
 	if c.answered {
@@ -304,8 +328,8 @@ func (c *call) answer(l *loop, r machine.Result, err error) {
 	}
 	c.answered, c.granted = true, err == nil
 	switch {
-	case c.part != nil:
-		c.part.answer(l, c.op, err)
+	case c.few().part != nil:
+		c.aside.part.answer(l, c.op, err)
 		return
 	case c.sink == nil:
 		return
@@ -316,9 +340,10 @@ func (c *call) answer(l *loop, r machine.Result, err error) {
 		c.sink.done(c)
 		if err != nil {
 			l.refused(c)
-			reply.Err = heldError(err, c.explain)
-			if c.before != nil {
-				reply.rest = &rest{in: c.before, lease: c.leaseID, request: c.key.request}
+			few := c.few()
+			reply.Err = heldError(err, few.explain)
+			if few.before != nil {
+				reply.rest = &rest{in: few.before, lease: few.leaseID, request: c.key.request}
 			}
 			break
 		}
@@ -342,7 +367,7 @@ func (c *call) answer(l *loop, r machine.Result, err error) {
 
 // refused forgets a call that was the newest of its request.
 func (l *loop) refused(c *call) {
-	if c.serial != 0 && l.waiting.newest[c.key] == c.serial {
+	if serial := c.few().serial; serial != 0 && l.waiting.newest[c.key] == serial {
 		l.waiting.over(c.key)
 	}
 }
@@ -393,7 +418,10 @@ func (r *AcquireRequest) task(m *Manager) (task, error) {
 	}
 	c := &made.call
 	c.cmd, c.op, c.key, c.bound, c.attempt = &made.cmd, OpAcquire, waiter{r.Lease, request}, r.Wait, attempt
-	c.serial, c.weight = r.Call, int64(len(names)+len(made.cmd.Metadata))
+	c.weight = int64(len(names) + len(made.cmd.Metadata))
+	if r.Call != 0 {
+		c.with().serial = r.Call
+	}
 	return c, nil
 }
 
@@ -438,7 +466,7 @@ type several struct {
 func (s *several) take(l *loop) {
 	s.open = len(s.calls)
 	for _, c := range s.calls {
-		c.part = s
+		c.with().part = s
 		c.take(l)
 	}
 }
@@ -484,7 +512,7 @@ func (r *AbandonRequest) task(m *Manager) (task, error) {
 	}
 	if len(list) == 1 {
 		if c := list[0]; r.Call != 0 {
-			c.key, c.serial = waiter{r.Lease, r.Requests[0]}, r.Call
+			c.key, c.with().serial = waiter{r.Lease, r.Requests[0]}, r.Call
 		}
 		return list[0], nil
 	}

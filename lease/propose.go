@@ -197,9 +197,10 @@ func (l *loop) uncommitted(calls []*call, c *committed) {
 			switch {
 			case !again || call.asked():
 				call.answer(l, machine.Result{}, err)
-			case call.ends != nil:
-				call.ends.givingUp = false
-				l.waiting.ending = append(l.waiting.ending, call.ends)
+			case call.few().ends != nil:
+				waits := call.few().ends
+				waits.givingUp = false
+				l.waiting.ending = append(l.waiting.ending, waits)
 			default:
 				l.enqueue(call)
 			}
@@ -218,12 +219,12 @@ func (l *loop) land(f *flight) {
 // committed takes the machine's result in.
 func (c *call) committed(l *loop, r machine.Result, serving bool) {
 	switch {
-	case c.ends != nil:
+	case c.few().ends != nil:
 		l.waitEnded(c, r)
 	case c.left && !c.undone:
 		c.answer(l, machine.Result{}, errCanceled)
 	case r.Refusal != nil:
-		c.explain = l.withDelays(r.Refusal.Explain)
+		c.with().explain = l.withDelays(r.Refusal.Explain)
 		c.answer(l, r, r.Refusal)
 	case c.left: // its undoing is on its way
 	case c.makesLease() && !l.repeated(r.Lease):
@@ -240,7 +241,7 @@ func (c *call) committed(l *loop, r machine.Result, serving bool) {
 	case l.draining:
 		c.answer(l, machine.Result{}, ErrStopping)
 	case !c.answered:
-		c.leaseID = r.Lease
+		c.with().leaseID = r.Lease
 		l.park(c)
 	}
 }

@@ -47,11 +47,11 @@ func (w *waitingCalls) arrived(c *call) {
 	switch {
 	case !c.named():
 	case c.attempt == 0:
-		if c.serial == 0 {
+		if c.few().serial == 0 {
 			w.serial++
-			c.serial = w.serial
+			c.with().serial = w.serial
 		}
-		w.newest[c.key] = c.serial
+		w.newest[c.key] = c.aside.serial
 	case len(w.newest) > 0:
 		delete(w.newest, c.key)
 	}
@@ -78,19 +78,21 @@ func (l *loop) park(c *call) {
 	}
 	w.parked[c.key] = c
 	c.sink.parks(c)
-	if t := l.leases[c.leaseID]; t != nil && c.key.lease == 0 {
+	own := c.few().leaseID
+	if t := l.leases[own]; t != nil && c.key.lease == 0 {
 		switch {
 		case c.attempt == 0:
-			l.suspend(c.leaseID)
+			l.suspend(own)
 		case t.deadline == never: // an earlier attempt was not counted
-			l.armLease(c.leaseID, t.ttl, l.now())
+			l.armLease(own, t.ttl, l.now())
 		}
 	}
 	if c.bound != WaitForever {
 		w.number++
-		c.wait = &timer{kind: timerWait, id: w.number, deadline: later(c.since, c.bound)}
+		t := &timer{kind: timerWait, id: w.number, deadline: later(c.since, c.bound)}
+		c.with().wait = t
 		w.bounded[w.number] = c
-		l.wheel.arm(c.wait)
+		l.wheel.arm(t)
 	}
 }
 
@@ -99,9 +101,9 @@ func (l *loop) unpark(c *call) {
 	if l.waiting.parked[c.key] == c {
 		delete(l.waiting.parked, c.key)
 	}
-	if c.wait != nil {
-		l.wheel.disarm(c.wait)
-		delete(l.waiting.bounded, c.wait.id)
+	if t := c.few().wait; t != nil {
+		l.wheel.disarm(t)
+		delete(l.waiting.bounded, t.id)
 	}
 }
 
@@ -127,7 +129,7 @@ func (l *loop) endings(f *flight) {
 		if view == nil {
 			view = l.store.View()
 		}
-		end := &call{cmd: &machine.EndWait{Lease: c.key.lease, Request: c.key.request}, ends: c, before: view}
+		end := &call{cmd: &machine.EndWait{Lease: c.key.lease, Request: c.key.request}, aside: &aside{ends: c, before: view}}
 		if first {
 			end.cmd, c.givingUp = &machine.Abandon{Lease: c.key.lease, Request: c.key.request}, true
 		}
@@ -142,7 +144,7 @@ func (l *loop) endings(f *flight) {
 // waitEnded answers the call whose wait has been ended, or a repeat that has
 // taken its place meanwhile.
 func (l *loop) waitEnded(end *call, r machine.Result) {
-	waited := end.ends
+	waited := end.aside.ends
 	if r.Refusal != nil || r.Grant != nil {
 		return // it was over before, which its event has told or tells
 	}
@@ -151,7 +153,7 @@ func (l *loop) waitEnded(end *call, r machine.Result) {
 		return
 	}
 	l.unpark(c)
-	c.before = end.before
+	c.with().before = end.aside.before
 	c.answer(l, machine.Result{}, &WaitTimeoutError{Waited: waited.bound})
 }
 
@@ -172,19 +174,19 @@ func (v *leave) take(l *loop) {
 		l.unpark(c)
 		c.sink.leaves(c)
 	}
-	newest := !c.named() || l.waiting.newest[c.key] == c.serial
+	newest := !c.named() || l.waiting.newest[c.key] == c.few().serial
 	if c.attempt == 0 && newest && (!v.lost || !c.named()) {
 		// Also when a grant has won the race: nobody will hear of it.
 		c.left, c.undone = true, true
-		l.enqueue(&call{cmd: &machine.Abandon{Lease: c.key.lease, Request: c.key.request}, undoes: c})
+		l.enqueue(&call{cmd: &machine.Abandon{Lease: c.key.lease, Request: c.key.request}, aside: &aside{undoes: c}})
 		return
 	}
 	if !parked { // answered once what it did is known: until then it has its weight
 		c.left = true
 		return
 	}
-	if t := l.leases[c.leaseID]; t != nil && c.key.lease == 0 && t.deadline == never {
-		l.armLease(c.leaseID, t.ttl, l.now())
+	if own := c.few().leaseID; c.key.lease == 0 && l.leases[own] != nil && l.leases[own].deadline == never {
+		l.armLease(own, l.leases[own].ttl, l.now())
 	}
 	c.answer(l, machine.Result{}, context.Canceled)
 }
