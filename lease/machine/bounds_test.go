@@ -228,3 +228,16 @@ func TestRequestsAbandonedTogether(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 }
+
+// TestAReleaseUnderAnothersRequest: a token that is remembered is judged by what
+// is remembered, whatever has become of the request that is named with it.
+func TestAReleaseUnderAnothersRequest(t *testing.T) {
+	m := New(0)
+	id := do(m, &GrantLease{TTL: 1}).Lease
+	g := do(m, &Acquire{Request: 1, Names: []string{"a"}, Mode: Exclusive, TTL: 1}).Grant
+	do(m, &Release{Name: "a", Token: g.Token})
+	do(m, &Abandon{Lease: id, Request: 7})
+	if r := do(m, &Release{Lease: id, Token: g.Token, Request: 7}); r.Refusal == nil || r.Refusal.Reason != ReasonNotHeld {
+		t.Errorf("%+v", r)
+	}
+}

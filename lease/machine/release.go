@@ -139,7 +139,7 @@ func (m *Machine) release(c *Release) Result {
 		if p := m.memory.lease(c.Lease); p != nil {
 			return Result{Refusal: m.notHeld(c, p.ended())}
 		}
-	case c.Request != 0 && !l.own() && m.hold(c.Token) == nil && uint64(c.Token) <= m.minted &&
+	case c.Request != 0 && !l.own() && m.hold(c.Token) == nil && m.memory.token(c.Token) == nil && uint64(c.Token) <= m.minted &&
 		c.Token > max(l.session.after, l.session.droppedTo) && m.hasEnded(l, c.Request):
 		return Result{} // released before, so long ago that it is forgotten
 	}
