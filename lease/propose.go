@@ -10,7 +10,7 @@ import (
 
 const (
 	maxFlights = 4       // batches in the log: it writes together what comes while it syncs
-	maxBatch   = 4096    // commands in one batch
+	maxBatch   = 2048    // commands in one batch, a few milliseconds of the machine and of the loop
 	maxBytes   = 4 << 20 // of one batch, about: a log refuses entries without bound
 	maxWork    = 1 << 14 // requests abandoned in one batch
 )
