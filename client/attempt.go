@@ -227,7 +227,9 @@ func (c *Client) enterAcquire(a *acquisition) error {
 
 func (c *Client) leaveAcquire(a *acquisition) {
 	if a.wait != nil {
+		c.mu.Lock()
 		c.endWait(a.wait)
+		c.mu.Unlock()
 	}
 	c.acquires.Done()
 }

@@ -41,7 +41,7 @@ func (c *Client) Grant(ctx context.Context, ttl time.Duration, opts ...LeaseOpti
 		return nil, err
 	}
 	l := &Lease{client: c, session: &session{id: id, ttl: ttl}, open: make(map[uint64]struct{}), lowest: 1}
-	if err := c.keep(ctx, l.session, sent); err != nil {
+	if err := c.keep(ctx, l.session, sent, nil); err != nil {
 		return nil, err
 	}
 	return l, nil

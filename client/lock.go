@@ -158,9 +158,10 @@ func (c *Client) granted(ctx context.Context, g *pb.Grant, a *acquisition) (*Loc
 	made.held[0] = l
 	s.locks = made.held[:]
 	l.session, l.renewed = s, !s.left
-	if err := c.keep(ctx, s, sent); err != nil {
+	if err := c.keep(ctx, s, sent, a.wait); err != nil {
 		return nil, err
 	}
+	a.wait = nil // it is over
 	return l, nil
 }
 

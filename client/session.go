@@ -45,8 +45,9 @@ func margin(ttl time.Duration) time.Duration { return ttl/100 + min(10*time.Mill
 // deadline is when to stop believing in the lease, on the client's timeline.
 func (s *session) deadline() time.Duration { return s.sent + s.ttl - margin(s.ttl) }
 
-// keep begins to keep a lease alive, and locks that were granted with it.
-func (c *Client) keep(parent context.Context, s *session, sent time.Duration) error {
+// keep begins to keep a lease alive, and locks that were granted with it, whose
+// wait, if they had one, is renewed no more.
+func (c *Client) keep(parent context.Context, s *session, sent time.Duration, waited *wait) error {
 	s.sent, s.tried, s.next = sent, sent, sent+s.ttl/3
 	s.ctx, s.cancel = context.WithCancelCause(context.WithoutCancel(parent))
 	for _, l := range s.locks {
@@ -65,6 +66,9 @@ func (c *Client) keep(parent context.Context, s *session, sent time.Duration) er
 	}
 	if s.next < c.wakeAt { // else it is seen in time anyway
 		c.poke()
+	}
+	if waited != nil {
+		c.endWait(waited)
 	}
 	return nil
 }

@@ -46,9 +46,8 @@ func (w *wait) of(r *pb.AcquireRequest) {
 	w.drain()
 }
 
+// endWait renews a wait no more. The caller must hold c.mu.
 func (c *Client) endWait(w *wait) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	w.before.after, w.after.before = w.after, w.before
 	w.before, w.after = nil, nil
 	if !w.inFlight { // nobody else has it: most are never renewed
