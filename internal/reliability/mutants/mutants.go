@@ -86,8 +86,8 @@ var mutants = []mutant{
 	{"requests that are abandoned together settle one by one", "lease/machine",
 		"\t\tif refusal = m.endRequest(c.Lease, id); refusal != nil {\n", "\t\trefusal = m.endRequest(c.Lease, id)\n\t\tm.settle()\n\t\tif refusal != nil {\n", "machine"},
 	{"no bound on what has ended under a lease", "lease/machine",
-		"if more > 0 && l.session.spans >= maxSpans && m.at(2) {",
-		"if more > 0 && l.session.spans > maxSpans+1<<20 {", "machine"},
+		"req >= AnonymousRequest || l.session.spans < maxSpans {",
+		"req >= AnonymousRequest || l.session.spans < maxSpans+1<<20 {", "machine"},
 
 	// The manager.
 	{"release acknowledged before its commit", "lease",
@@ -116,7 +116,7 @@ var mutants = []mutant{
 		"\t\t\tl.armLease(id, time.Duration(ttl)/2, now)\n\t\t\tif lossy", "simulation"},
 	{"leases that were there before a fail-over never expire", "lease",
 		"\t\t\tl.armLease(id, time.Duration(ttl), now)\n\t\t\tif lossy",
-		"\t\t\tif ttl < 0 {\n\t\t\t\tl.armLease(id, 0, now)\n\t\t\t}\n\t\t\tif lossy", "manager"},
+		"\t\t\tif ttl < 0 {\n\t\t\t\tl.armLease(id, time.Duration(ttl), now)\n\t\t\t}\n\t\t\tif lossy", "manager"},
 	{"a waiter dropped by a fail-over", "lease/machine",
 		"\treturn a.result()\n}",
 		"\tif a.token == 0 {\n\t\tm.giveBack(m.lease(id), a)\n\t\treturn refuse(Refusal{Reason: ReasonLockHeld, Name: c.Names[0]})\n\t}\n\treturn a.result()\n}", "simulation"},
