@@ -10,7 +10,7 @@ import (
 
 const (
 	maxFlights = 4       // batches in the log: it writes together what comes while it syncs
-	maxBatch   = 2048    // commands in one batch, a few milliseconds of the machine and of the loop
+	maxBatch   = 512     // commands in one batch: more gain nothing, and hold up others
 	maxBytes   = 4 << 20 // of one batch, about: a log refuses entries without bound
 	maxWork    = 1 << 14 // requests abandoned in one batch
 )

@@ -109,7 +109,7 @@ func (l *loop) unpark(c *call) {
 
 // maxEnding bounds the waits taken out of their queues by one batch: others
 // want their turn.
-const maxEnding = 512
+const maxEnding = 256
 
 // endings puts the ends of waits whose bound is reached into a batch. A grant
 // that is in the log before is answered; at the first level it is undone.
