@@ -106,6 +106,10 @@ linearizability: ## look for an order that explains RUNS histories of one node a
 # The last commit of level 1, which everything newer must be able to replace.
 OLD ?= 6658922
 
+.PHONY: has-old
+has-old: ## fail where the history has no OLD to upgrade from
+	@git cat-file -e $(OLD)^{commit}
+
 .PHONY: upgrade
 upgrade: ## run the build of OLD beside this one, and upgrade a cluster under load in both orders
 	rm -rf .bench/old && mkdir -p .bench/old

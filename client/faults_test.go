@@ -117,6 +117,22 @@ func (t *tapped) RecvMsg(m any) error {
 	return nil
 }
 
+// onCalls stands between a client and its calls; call makes the one under way.
+func onCalls(fn func(ctx context.Context, method string, call func(context.Context) error) error) client.Option {
+	return client.WithDialOptions(grpc.WithChainUnaryInterceptor(
+		func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+			return fn(ctx, method, func(ctx context.Context) error { return invoke(ctx, method, req, reply, cc, opts...) })
+		}))
+}
+
+// way are options, and WithUnary for a client that is to make calls.
+func way(unary bool, opts ...client.Option) []client.Option {
+	if unary {
+		opts = append(opts, client.WithUnary())
+	}
+	return opts
+}
+
 func failure(code codes.Code, reason string) *pb.Answer {
 	return &pb.Answer{Result: &pb.Answer_Failure{Failure: &pb.Failure{Code: int32(code), Reason: reason, Message: reason}}}
 }
@@ -142,6 +158,16 @@ func waits(t *testing.T, c *client.Client, name string, n int) {
 	})
 }
 
+// firstInLine is the lease of who waits for a lock in the first place.
+func firstInLine(t *testing.T, c *client.Client, name string) uint64 {
+	t.Helper()
+	info, err := c.Get(t.Context(), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return info.Waiters[0].LeaseID
+}
+
 func free(t *testing.T, c *client.Client, name string) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("%q is free", name), func() bool {
@@ -155,10 +181,7 @@ func free(t *testing.T, c *client.Client, name string) {
 func TestALeaseOfManyLocks(t *testing.T) {
 	for _, unary := range []bool{false, true} {
 		s := clienttest.Start(t)
-		var opts []client.Option
-		if unary {
-			opts = append(opts, client.WithUnary())
-		}
+		opts := way(unary)
 		c, ops := s.Client(t, opts...), s.Client(t)
 		lease, err := c.Grant(t.Context(), 3*time.Second)
 		if err != nil {
@@ -264,10 +287,7 @@ func TestAReleaseWithAnEndedContext(t *testing.T) {
 	for _, unary := range []bool{false, true} {
 		for _, cut := range []bool{false, true} {
 			s := clienttest.Start(t)
-			opts := []client.Option{client.WithCallTimeout(50 * time.Millisecond)}
-			if unary {
-				opts = append(opts, client.WithUnary())
-			}
+			opts := way(unary, client.WithCallTimeout(50*time.Millisecond))
 			c, other := s.Client(t, opts...), s.Client(t)
 			lease, err := c.Grant(t.Context(), time.Hour)
 			if err != nil {
@@ -414,10 +434,7 @@ func TestAnOldServerUnderLeaseID(t *testing.T) {
 func TestCloseEndsWhatWaits(t *testing.T) {
 	for _, unary := range []bool{false, true} {
 		s := clienttest.Start(t)
-		var opts []client.Option
-		if unary {
-			opts = append(opts, client.WithUnary())
-		}
+		opts := way(unary)
 		other := s.Client(t)
 		c, err := client.New([]string{s.Endpoint}, append(opts, client.WithClock(s.Clock))...)
 		if err != nil {
@@ -567,14 +584,13 @@ func TestAWaitIsRenewed(t *testing.T) {
 		var frozen atomic.Bool
 		var opts []client.Option
 		if unary {
-			opts = append(opts, client.WithUnary(), client.WithDialOptions(grpc.WithChainUnaryInterceptor(
-				func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, o ...grpc.CallOption) error {
-					if frozen.Load() && strings.HasSuffix(method, "/KeepAlive") {
-						<-ctx.Done()
-						return ctx.Err()
-					}
-					return invoke(ctx, method, req, reply, cc, o...)
-				})))
+			opts = append(opts, client.WithUnary(), onCalls(func(ctx context.Context, method string, call func(context.Context) error) error {
+				if frozen.Load() && strings.HasSuffix(method, "/KeepAlive") {
+					<-ctx.Done()
+					return ctx.Err()
+				}
+				return call(ctx)
+			}))
 		} else {
 			opts = append(opts, (&tap{out: func(*pb.Operation) *pb.Answer {
 				if frozen.Load() {
@@ -592,13 +608,9 @@ func TestAWaitIsRenewed(t *testing.T) {
 			ended <- err
 		}()
 		waits(t, holder, "a", 1)
-		info, err := holder.Get(t.Context(), "a")
-		if err != nil {
-			t.Fatal(err)
-		}
-		place := info.Waiters[0].LeaseID
+		place := firstInLine(t, holder, "a")
 		s.Advance(10 * time.Second)
-		if info, err = holder.Get(t.Context(), "a"); err != nil || info.WaiterCount != 1 || info.Waiters[0].LeaseID != place {
+		if info, err := holder.Get(t.Context(), "a"); err != nil || info.WaiterCount != 1 || info.Waiters[0].LeaseID != place {
 			t.Fatalf("unary %v: after five TTLs: %+v %v", unary, info.Waiters, err)
 		}
 		frozen.Store(true)
@@ -666,20 +678,20 @@ func TestAProxyThatEndsCalls(t *testing.T) {
 	lock := acquire(t, holder, "a", client.TTL(time.Hour))
 	var cuts atomic.Int64
 	reset := status.Error(codes.Internal, "stream terminated by RST_STREAM with error code: INTERNAL_ERROR")
-	unary := client.WithDialOptions(grpc.WithChainUnaryInterceptor(
-		func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, o ...grpc.CallOption) error {
-			if !strings.HasSuffix(method, "/Acquire") || cuts.Load() >= 5 {
-				return invoke(ctx, method, req, reply, cc, o...)
-			}
-			ctx, cancel := context.WithTimeout(ctx, 30*time.Millisecond)
-			defer cancel()
-			err := invoke(ctx, method, req, reply, cc, o...)
-			if ctx.Err() != nil {
-				cuts.Add(1)
-				return reset
-			}
-			return err
-		}), grpc.WithChainStreamInterceptor(
+	calls := onCalls(func(ctx context.Context, method string, call func(context.Context) error) error {
+		if !strings.HasSuffix(method, "/Acquire") || cuts.Load() >= 5 {
+			return call(ctx)
+		}
+		ctx, cancel := context.WithTimeout(ctx, 30*time.Millisecond)
+		defer cancel()
+		err := call(ctx)
+		if ctx.Err() != nil {
+			cuts.Add(1)
+			return reset
+		}
+		return err
+	})
+	watches := client.WithDialOptions(grpc.WithChainStreamInterceptor(
 		func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, open grpc.Streamer, o ...grpc.CallOption) (grpc.ClientStream, error) {
 			stream, err := open(ctx, desc, cc, method, o...)
 			if err == nil && strings.HasSuffix(method, "/Watch") && cuts.Add(1)%2 == 1 {
@@ -687,7 +699,7 @@ func TestAProxyThatEndsCalls(t *testing.T) {
 			}
 			return stream, err
 		}))
-	c := s.Client(t, client.WithUnary(), unary)
+	c := s.Client(t, client.WithUnary(), calls, watches)
 	got := make(chan *client.Lock, 1)
 	go func() {
 		l, err := c.Acquire(t.Context(), "a", client.TTL(time.Minute))
@@ -697,11 +709,7 @@ func TestAProxyThatEndsCalls(t *testing.T) {
 		got <- l
 	}()
 	waits(t, holder, "a", 1)
-	info, err := holder.Get(t.Context(), "a")
-	if err != nil {
-		t.Fatal(err)
-	}
-	place := info.Waiters[0].LeaseID
+	place := firstInLine(t, holder, "a")
 	eventually(t, "five cuts", func() bool { return cuts.Load() >= 5 })
 	if err := lock.Release(t.Context()); err != nil {
 		t.Fatal(err)
@@ -762,10 +770,7 @@ func TestReleaseFromElsewhereIsTold(t *testing.T) {
 // names each endpoint and why.
 func TestABoundedWaitWithoutAServer(t *testing.T) {
 	for _, unary := range []bool{false, true} {
-		opts := []client.Option{client.WithCallTimeout(100 * time.Millisecond)}
-		if unary {
-			opts = append(opts, client.WithUnary())
-		}
+		opts := way(unary, client.WithCallTimeout(100*time.Millisecond))
 		endpoints := []string{"127.0.0.1:1", "127.0.0.1:2"}
 		c, err := client.New(endpoints, opts...)
 		if err != nil {
@@ -854,16 +859,15 @@ func TestWhenATTLCountsFrom(t *testing.T) {
 		if a.GetAcquire() != nil {
 			s.Clock.Advance(2 * time.Second)
 		}
-	}}).option(), client.WithDialOptions(grpc.WithChainUnaryInterceptor(
-		func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, o ...grpc.CallOption) error {
-			err := invoke(ctx, method, req, reply, cc, o...)
-			if strings.HasSuffix(method, "/Grant") && first {
-				first = false
-				s.Clock.Advance(2 * time.Second)
-				return status.Error(codes.Unavailable, "the answer is lost")
-			}
-			return err
-		})))
+	}}).option(), onCalls(func(ctx context.Context, method string, call func(context.Context) error) error {
+		err := call(ctx)
+		if strings.HasSuffix(method, "/Grant") && first {
+			first = false
+			s.Clock.Advance(2 * time.Second)
+			return status.Error(codes.Unavailable, "the answer is lost")
+		}
+		return err
+	}))
 	lock, err := c.TryAcquire(t.Context(), "a", client.TTL(12*time.Second))
 	if err != nil {
 		t.Fatal(err)
@@ -967,13 +971,12 @@ func TestAReleasedLockIsWarnedOfNoMore(t *testing.T) {
 func TestALeaseIsRevokedAfterItsContextsEnded(t *testing.T) {
 	s := clienttest.Start(t)
 	var lease *client.Lease
-	c := s.Client(t, client.WithDialOptions(grpc.WithChainUnaryInterceptor(
-		func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, o ...grpc.CallOption) error {
-			if strings.HasSuffix(method, "/Revoke") && lease.Context().Err() == nil {
-				t.Error("revoked while it is believed")
-			}
-			return invoke(ctx, method, req, reply, cc, o...)
-		})))
+	c := s.Client(t, onCalls(func(ctx context.Context, method string, call func(context.Context) error) error {
+		if strings.HasSuffix(method, "/Revoke") && lease.Context().Err() == nil {
+			t.Error("revoked while it is believed")
+		}
+		return call(ctx)
+	}))
 	lease, err := c.Grant(t.Context(), time.Minute)
 	if err != nil {
 		t.Fatal(err)
@@ -1037,10 +1040,7 @@ func TestAReleaseThatIsNotAnsweredEndsTheLease(t *testing.T) {
 // TestCloseWaitsForNobody that it has never reached.
 func TestCloseWaitsForNobody(t *testing.T) {
 	for _, unary := range []bool{false, true} {
-		opts := []client.Option{client.WithCallTimeout(50 * time.Millisecond)}
-		if unary {
-			opts = append(opts, client.WithUnary())
-		}
+		opts := way(unary, client.WithCallTimeout(50*time.Millisecond))
 		c, err := client.New([]string{"127.0.0.1:1"}, opts...)
 		if err != nil {
 			t.Fatal(err)

@@ -28,7 +28,7 @@ func (c *Client) renewWait(a *acquisition) *wait {
 	if !ok {
 		w = &wait{client: c, again: make(chan struct{}, 1)}
 	}
-	w.ttl, w.next, w.request = a.o.ttl, a.began+a.o.ttl/3, a.req.GetRequestId()
+	w.ttl, w.next, w.sent, w.request = a.o.ttl, a.began+a.o.ttl/3, 0, a.req.GetRequestId()
 	w.before, w.after = &c.waits, c.waits.after
 	w.before.after, w.after.before = w, w
 	if w.next < c.wakeAt {

@@ -178,22 +178,46 @@ func TestASlowExpiryDelaysNoOther(t *testing.T) {
 	})
 }
 
+// releasing is a manager with a waiter of a second, and the release that grants
+// it held up in the log.
+func releasing(t *testing.T) (r *rig, l *script, released <-chan answer[struct{}], waiter <-chan answer[Grant]) {
+	t.Helper()
+	r, l = startScript(t)
+	holder, err := r.own("a", time.Hour, 0, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	waiter = background(func() (Grant, error) { return r.own("a", time.Hour, time.Second, 0) })
+	pendingNow(t, waiter, "the waiter")
+	l.holding(true, false)
+	released = background(func() (struct{}, error) {
+		return struct{}{}, r.Release(t.Context(), ReleaseRequest{Lease: holder.Lease, Token: holder.Token})
+	})
+	return r, l, released, waiter
+}
+
+// grantStays: the waiter is granted, and its grant is not undone afterwards.
+func grantStays(t *testing.T, r *rig, released <-chan answer[struct{}], waiter <-chan answer[Grant]) {
+	t.Helper()
+	if a := <-released; a.err != nil {
+		t.Fatal(a.err)
+	}
+	a := <-waiter
+	if a.err != nil {
+		t.Fatalf("the waiter: %v", a.err)
+	}
+	synctest.Wait()
+	if check, err := r.CheckToken(t.Context(), "a", a.value.Token); err != nil || !check.Live {
+		t.Errorf("its grant was undone: %+v %v", check, err)
+	}
+}
+
 // A wait's time is up while the log has its fill, and the grant for it is in
 // the log: it is granted in time, and must not be abandoned afterwards.
 func TestAGrantInTimeStaysWhileTheLogIsFull(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r, l := startScript(t)
+		r, l, released, waiter := releasing(t)
 		defer r.stop()
-		holder, err := r.own("a", time.Hour, 0, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		waiter := background(func() (Grant, error) { return r.own("a", time.Hour, time.Second, 0) })
-		pendingNow(t, waiter, "the waiter")
-		l.holding(true, false)
-		released := background(func() (struct{}, error) {
-			return struct{}{}, r.Release(t.Context(), ReleaseRequest{Lease: holder.Lease, Token: holder.Token})
-		})
 		for n := range maxFlights - 1 {
 			background(func() (Grant, error) { return r.own(string(rune('b'+n)), time.Hour, 0, 0) })
 		}
@@ -206,17 +230,7 @@ func TestAGrantInTimeStaysWhileTheLogIsFull(t *testing.T) {
 		for range maxFlights {
 			l.commit()
 		}
-		if a := <-released; a.err != nil {
-			t.Fatal(a.err)
-		}
-		a := <-waiter
-		if a.err != nil {
-			t.Fatalf("the waiter: %v", a.err)
-		}
-		synctest.Wait()
-		if check, err := r.CheckToken(t.Context(), "a", a.value.Token); err != nil || !check.Live {
-			t.Errorf("its grant was undone: %+v %v", check, err)
-		}
+		grantStays(t, r, released, waiter)
 	})
 }
 
@@ -224,17 +238,8 @@ func TestAGrantInTimeStaysWhileTheLogIsFull(t *testing.T) {
 // the log when its time is up, and the end of the wait behind it.
 func TestAGrantThatComesBeforeTheEndOfItsWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r, l := startScript(t)
+		r, l, released, waiter := releasing(t)
 		defer r.stop()
-		holder, err := r.own("a", time.Hour, 0, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		waiter := background(func() (Grant, error) { return r.own("a", time.Hour, time.Second, 0) })
-		l.holding(true, false)
-		released := background(func() (struct{}, error) {
-			return struct{}{}, r.Release(t.Context(), ReleaseRequest{Lease: holder.Lease, Token: holder.Token})
-		})
 		time.Sleep(1100 * time.Millisecond)
 		background(func() (Grant, error) { return r.own("b", time.Hour, 0, 0) })
 		if batches, _ := l.held(); batches != 2 {
@@ -243,15 +248,6 @@ func TestAGrantThatComesBeforeTheEndOfItsWait(t *testing.T) {
 		l.holding(false, false)
 		l.commit()
 		l.commit()
-		if a := <-released; a.err != nil {
-			t.Fatal(a.err)
-		}
-		a := <-waiter
-		if a.err != nil {
-			t.Fatalf("the waiter: %v", a.err)
-		}
-		if check, err := r.CheckToken(t.Context(), "a", a.value.Token); err != nil || !check.Live {
-			t.Errorf("its grant was undone: %+v %v", check, err)
-		}
+		grantStays(t, r, released, waiter)
 	})
 }

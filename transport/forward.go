@@ -158,14 +158,11 @@ func (f *forwarder) renewWait(r *pb.AcquireRequest) (stop func()) {
 				return
 			}
 			bounded, over := context.WithTimeout(ctx, every)
-			conn, _, err := f.cluster.Leader(bounded)
-			switch {
-			case err != nil:
-			case conn == nil:
-				f.m.Do(bounded, &lease.KeepAliveRequest{Requests: []lease.RequestID{lease.RequestID(r.GetRequestId())}})
-			default:
-				pb.NewLeaseServiceClient(conn).KeepAlive(bounded, &pb.KeepAliveRequest{RequestIds: []uint64{r.GetRequestId()}})
-			}
+			f.atLeader(bounded, &lease.KeepAliveRequest{Requests: []lease.RequestID{lease.RequestID(r.GetRequestId())}},
+				func(conn grpc.ClientConnInterface) error {
+					_, err := pb.NewLeaseServiceClient(conn).KeepAlive(bounded, &pb.KeepAliveRequest{RequestIds: []uint64{r.GetRequestId()}})
+					return err
+				}) // what does not come through comes with the next
 			over()
 		}
 	}()
@@ -193,19 +190,30 @@ func definite(err error) bool {
 	return true
 }
 
+// atLeader makes one attempt of an operation of this node's own, here where
+// this node leads, and there where another does.
+func (f *forwarder) atLeader(ctx context.Context, here lease.Operation, there func(grpc.ClientConnInterface) error) error {
+	conn, _, err := f.cluster.Leader(ctx)
+	switch {
+	case err != nil:
+		return err
+	case conn != nil:
+		return there(conn)
+	}
+	_, err = f.m.Do(ctx, here)
+	return err
+}
+
 // settle abandons a request of which nobody else knows, until it is answered.
 // It ends early when the server stops.
 func (f *forwarder) settle(leaseID, request uint64) {
 	for pause := betweenTries; ; pause = min(2*pause, time.Second) {
 		ctx, cancel := context.WithTimeout(context.Background(), max(f.leaderless, time.Second))
-		conn, _, err := f.cluster.Leader(ctx)
-		switch {
-		case err != nil:
-		case conn == nil:
-			_, err = f.m.Do(ctx, &lease.AbandonRequest{Lease: lease.ID(leaseID), Requests: []lease.RequestID{lease.RequestID(request)}})
-		default:
-			_, err = pb.NewLockServiceClient(conn).Abandon(ctx, &pb.AbandonRequest{LeaseId: leaseID, RequestId: request})
-		}
+		err := f.atLeader(ctx, &lease.AbandonRequest{Lease: lease.ID(leaseID), Requests: []lease.RequestID{lease.RequestID(request)}},
+			func(conn grpc.ClientConnInterface) error {
+				_, err := pb.NewLockServiceClient(conn).Abandon(ctx, &pb.AbandonRequest{LeaseId: leaseID, RequestId: request})
+				return err
+			})
 		cancel()
 		if err == nil {
 			return

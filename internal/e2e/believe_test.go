@@ -9,17 +9,13 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"os"
 	"os/exec"
 	"strconv"
-	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
-
-	"google.golang.org/grpc"
 
 	"github.com/distlock/distlock/client"
 	"github.com/distlock/distlock/internal/reliability/believe"
@@ -41,19 +37,12 @@ const (
 // crowd is a process of one believe.Crowd, which does what its standard input
 // says and answers each line with one.
 func crowd(servers, owner, seed string) error {
-	var endpoints []string
-	proxies := map[string]string{}
-	for _, pair := range strings.Split(servers, ",") {
-		server, proxy, _ := strings.Cut(pair, "=")
-		endpoints, proxies[server] = append(endpoints, server), proxy
-	}
+	endpoints, dial := through(servers)
 	n, err := strconv.ParseUint(seed, 10, 64)
 	if err != nil {
 		return err
 	}
-	options := []client.Option{client.WithDialOptions(grpc.WithContextDialer(func(ctx context.Context, server string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "tcp", proxies[server])
-	}))}
+	options := []client.Option{dial}
 	if n%2 == 1 {
 		options = append(options, client.WithUnary())
 	}
@@ -123,11 +112,7 @@ type workers struct {
 func (p *workers) start() {
 	p.made++
 	net := newFaulty(p.t, p.servers...)
-	var proxies []string
-	for _, s := range p.servers {
-		proxies = append(proxies, s+"="+net.addresses[s])
-	}
-	cmd := exec.Command(os.Args[0], strings.Join(proxies, ","), fmt.Sprint("crowd", p.made), fmt.Sprint(p.made))
+	cmd := exec.Command(os.Args[0], net.pairs(p.servers), fmt.Sprint("crowd", p.made), fmt.Sprint(p.made))
 	cmd.Env = append(os.Environ(), crowdEnv+"=1")
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()

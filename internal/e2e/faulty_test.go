@@ -1,11 +1,17 @@
 package e2e
 
 import (
+	"context"
 	"io"
 	"net"
+	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"google.golang.org/grpc"
+
+	"github.com/distlock/distlock/client"
 )
 
 // faulty is one client's network: a TCP proxy before each server, which can be
@@ -58,6 +64,27 @@ func newFaulty(t testing.TB, servers ...string) *faulty {
 		})
 	}
 	return p
+}
+
+// pairs names each server and the proxy before it, for a process of clients.
+func (p *faulty) pairs(servers []string) string {
+	var list []string
+	for _, s := range servers {
+		list = append(list, s+"="+p.addresses[s])
+	}
+	return strings.Join(list, ",")
+}
+
+// through is the other side of pairs: the servers, and how to reach each.
+func through(pairs string) (endpoints []string, dial client.Option) {
+	proxies := map[string]string{}
+	for _, pair := range strings.Split(pairs, ",") {
+		server, proxy, _ := strings.Cut(pair, "=")
+		endpoints, proxies[server] = append(endpoints, server), proxy
+	}
+	return endpoints, client.WithDialOptions(grpc.WithContextDialer(func(ctx context.Context, server string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "tcp", proxies[server])
+	}))
 }
 
 func (p *faulty) set(fn func()) {

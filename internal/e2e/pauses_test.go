@@ -10,14 +10,11 @@ import (
 	"os"
 	"os/exec"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
-
-	"google.golang.org/grpc"
 
 	"github.com/distlock/distlock/client"
 	"github.com/distlock/distlock/fence"
@@ -47,15 +44,8 @@ func holder(servers, name, judge string) error {
 		bufio.NewReader(conn).ReadByte()
 		os.Exit(0)
 	}()
-	var endpoints []string
-	proxies := map[string]string{}
-	for _, pair := range strings.Split(servers, ",") {
-		server, proxy, _ := strings.Cut(pair, "=")
-		endpoints, proxies[server] = append(endpoints, server), proxy
-	}
-	c, err := client.New(endpoints, client.WithDialOptions(grpc.WithContextDialer(func(ctx context.Context, server string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "tcp", proxies[server])
-	})))
+	endpoints, dial := through(servers)
+	c, err := client.New(endpoints, dial)
 	if err != nil {
 		return err
 	}
@@ -231,11 +221,7 @@ func newArenas(t *testing.T, all *tally, n int, servers []string) *arenas {
 		a.holders, a.nets = append(a.holders, [2]*exec.Cmd{}), append(a.nets, [2]*faulty{})
 		for k := range 2 {
 			net := newFaulty(t, servers...)
-			var proxies []string
-			for _, s := range servers {
-				proxies = append(proxies, s+"="+net.addresses[s])
-			}
-			cmd := exec.Command(os.Args[0], strings.Join(proxies, ","), name, a.referee.address)
+			cmd := exec.Command(os.Args[0], net.pairs(servers), name, a.referee.address)
 			cmd.Env = append(os.Environ(), holderEnv+"=1")
 			cmd.Stderr = os.Stderr
 			if err := cmd.Start(); err != nil {

@@ -72,11 +72,7 @@ type node struct {
 	snapshotIndex uint64
 }
 
-func newCluster(w *World, n int, rate func() float64) *cluster {
-	c := &cluster{w: w, rng: w.rng(2)}
-	c.begin(n, rate)
-	return c
-}
+func newCluster(w *World) *cluster { return &cluster{w: w, rng: w.rng(2)} }
 
 // begin starts n nodes.
 func (c *cluster) begin(n int, rate func() float64) {

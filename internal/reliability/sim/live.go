@@ -230,19 +230,9 @@ func RunLive(seed uint64) (ops int, err error) {
 	v := &live{w: w}
 	w.live = v
 	r := w.rng(1)
-	nodes := 3
-	if r.IntN(3) == 0 {
-		nodes = 1
-	}
-	serversDrift := r.IntN(2) == 0
-	rate := func(drifts bool) float64 {
-		if !drifts {
-			return 1
-		}
-		return 1 + (r.Float64()*2-1)/100
-	}
+	nodes, serversDrift, rate := shape(r)
 	w.stage.Lock()
-	w.cluster = &cluster{w: w, rng: w.rng(2)}
+	w.cluster = newCluster(w)
 	w.cluster.begin(nodes, func() float64 { return rate(serversDrift) })
 	w.stage.Unlock()
 	synctest.Wait()

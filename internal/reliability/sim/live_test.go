@@ -1,14 +1,9 @@
-package sim_test
+package sim
 
 import (
 	"flag"
-	"fmt"
 	"sync"
-	"sync/atomic"
 	"testing"
-	"testing/synctest"
-
-	"github.com/distlock/distlock/internal/reliability/sim"
 )
 
 var (
@@ -23,29 +18,16 @@ func TestShippedClients(t *testing.T) {
 	if testing.Short() {
 		n = min(n, 3)
 	}
-	var enough atomic.Bool
 	var mu sync.Mutex
 	total := 0
-	t.Run("run", func(t *testing.T) {
-		for i := range uint64(n) {
-			seed := *liveFirst + i
-			t.Run(fmt.Sprint(seed), func(t *testing.T) {
-				t.Parallel()
-				if enough.Load() {
-					return // the first to fail tell
-				}
-				synctest.Test(t, func(t *testing.T) {
-					ops, err := sim.RunLive(seed)
-					if err != nil {
-						enough.Store(true)
-						t.Errorf("seed %d: %v", seed, err)
-					}
-					mu.Lock()
-					total += ops
-					mu.Unlock()
-				})
-			})
+	eachSeed(t, *liveFirst, n, func(t *testing.T, seed uint64) {
+		ops, err := RunLive(seed)
+		if err != nil {
+			t.Errorf("seed %d: %v", seed, err)
 		}
+		mu.Lock()
+		defer mu.Unlock()
+		total += ops
 	})
 	t.Logf("%d seeds, %d operations", n, total)
 }

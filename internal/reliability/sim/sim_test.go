@@ -26,42 +26,52 @@ func TestSeeds(t *testing.T) {
 	if *one != 0 {
 		*first, n = *one, 1
 	}
-	var enough atomic.Bool
 	var mu sync.Mutex
 	var virtual time.Duration
 	ran, steps, events := 0, 0, 0
+	eachSeed(t, *first, n, func(t *testing.T, seed uint64) {
+		w := Run(seed)
+		list := w.Check()
+		for _, v := range list {
+			t.Error(v)
+		}
+		if len(list) > 0 {
+			t.Logf("to replay: go test ./internal/reliability/sim -run TestSeeds -seed %d", seed)
+			if *one != 0 {
+				t.Logf("before that:\n%s", w.Story(list[0].At, 200))
+			}
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		ran++
+		virtual += w.Virtual()
+		steps += w.Steps
+		events += len(w.history.Events())
+	})
+	t.Logf("%d seeds, %.1f virtual hours, %d steps, %d events in the histories", ran, virtual.Hours(), steps, events)
+}
+
+// eachSeed simulates n seeds, each in a bubble of its own, and returns when all
+// have ended. Once one has failed no other begins: the first to fail tell.
+func eachSeed(t *testing.T, first uint64, n int, simulate func(t *testing.T, seed uint64)) {
+	var enough atomic.Bool
 	t.Run("run", func(t *testing.T) {
 		for i := range uint64(n) {
-			seed := *first + i
+			seed := first + i
 			t.Run(fmt.Sprint(seed), func(t *testing.T) {
 				t.Parallel()
 				if enough.Load() {
-					return // the first to fail tell
+					return
 				}
 				synctest.Test(t, func(t *testing.T) {
-					w := Run(seed)
-					list := w.Check()
-					for _, v := range list {
-						t.Error(v)
-					}
-					if len(list) > 0 {
+					simulate(t, seed)
+					if t.Failed() {
 						enough.Store(true)
-						t.Logf("to replay: go test ./internal/reliability/sim -run TestSeeds -seed %d", seed)
-						if *one != 0 {
-							t.Logf("before that:\n%s", w.Story(list[0].At, 200))
-						}
 					}
-					mu.Lock()
-					defer mu.Unlock()
-					ran++
-					virtual += w.Virtual()
-					steps += w.Steps
-					events += len(w.history.Events())
 				})
 			})
 		}
 	})
-	t.Logf("%d seeds, %.1f virtual hours, %d steps, %d events in the histories", ran, virtual.Hours(), steps, events)
 }
 
 // TestASeedReplays: the same seed gives the same history, to the nanosecond.

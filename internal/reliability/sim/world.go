@@ -71,22 +71,12 @@ func Run(seed uint64) *World {
 	if !w.clear {
 		w.history.Lag += 2 * slowDisk
 	}
-	nodes := 3
-	if r.IntN(3) == 0 {
-		nodes = 1
-	}
-	// Clocks differ by 1 % at most: the servers' from the clients'.
-	serversDrift := r.IntN(2) == 0
-	rate := func(drifts bool) float64 {
-		if !drifts {
-			return 1
-		}
-		return 1 + (r.Float64()*2-1)/100
-	}
+	nodes, serversDrift, rate := shape(r)
 	if serversDrift {
 		w.history.Rate = 0.0101
 	}
-	w.cluster = newCluster(w, nodes, func() float64 { return rate(serversDrift) })
+	w.cluster = newCluster(w)
+	w.cluster.begin(nodes, func() float64 { return rate(serversDrift) })
 	for i := range 3 + r.IntN(4) {
 		c := newClient(w, i, rate(!serversDrift))
 		w.clients = append(w.clients, c)
@@ -121,6 +111,21 @@ func Run(seed uint64) *World {
 	w.cluster.stop()
 	w.finish()
 	return w
+}
+
+// shape draws how many nodes a run has, and the rates of clocks, which differ by
+// 1 % at most: either the servers' drift, or the clients' do.
+func shape(r *rand.Rand) (nodes int, serversDrift bool, rate func(drifts bool) float64) {
+	nodes = 3
+	if r.IntN(3) == 0 {
+		nodes = 1
+	}
+	return nodes, r.IntN(2) == 0, func(drifts bool) float64 {
+		if !drifts {
+			return 1
+		}
+		return 1 + (r.Float64()*2-1)/100
+	}
 }
 
 // Virtual is how long the run took in its own time.
