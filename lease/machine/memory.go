@@ -13,6 +13,9 @@ import (
 // are remembered at least, until Forget; twice as many are at most.
 const MinRemembered = 1 << 16
 
+// pastsTogether divides MinRemembered.
+const pastsTogether = 1 << 8
+
 // past is one thing that has ended and is remembered: a request with a lease
 // of its own, one with a random id under a lease, a lease, a lost hold, or
 // several of them at once.
@@ -52,7 +55,11 @@ type memory struct {
 // generation is the pasts of MinRemembered numbers in a row, less those that
 // are forgotten. A View has them without the indexes.
 type generation struct {
-	pasts []past // by n without a gap; what is in it is not changed
+	// The pasts from first on and before next, none where both are equal: in
+	// chunks, the first of which begins at a multiple of pastsTogether, so that
+	// none is ever copied to make room. What is in them is not changed.
+	first, next uint64
+	chunks      []*[pastsTogether]past
 	// traces keep the last token of every lock that a lost hold of this
 	// generation was on, so that its holder can be told whether anyone came
 	// after.
@@ -90,16 +97,18 @@ func (m *memory) view() memory {
 func (g *generation) view() generation {
 	// Without room to grow: what either of the two adds, the other must not
 	// see.
-	return generation{pasts: slices.Clip(g.pasts), traces: g.traces.IsoCopy()}
+	return generation{first: g.first, next: g.next, chunks: slices.Clip(g.chunks), traces: g.traces.IsoCopy()}
 }
 
-func (m *memory) len() int { return len(m.old.pasts) + len(m.young.pasts) }
+func (m *memory) len() int { return m.old.len() + m.young.len() }
+
+func (g *generation) len() int { return int(g.next - g.first) }
 
 // each calls fn for the pasts in order, until it returns false.
 func (m *memory) each(fn func(*past) bool) {
-	for _, list := range [][]past{m.old.pasts, m.young.pasts} {
-		for i := range list {
-			if !fn(&list[i]) {
+	for _, g := range []*generation{&m.old, &m.young} {
+		for n := g.first; n < g.next; n++ {
+			if !fn(g.at(n)) {
 				return
 			}
 		}
@@ -121,13 +130,10 @@ func (m *memory) add(p past) {
 	if p.n/MinRemembered != m.count/MinRemembered {
 		m.old, m.young = m.young, m.old
 		m.young.clear()
-		if len(m.old.pasts) == MinRemembered { // filled: so will this one be
-			m.young.pasts = make([]past, 0, MinRemembered)
-		}
 	}
 	m.count = p.n
 	g := &m.young
-	g.pasts = append(g.pasts, p)
+	g.append(p)
 	if p.leaseEnd {
 		g.byLease[p.lease] = p.n
 	}
@@ -145,9 +151,24 @@ func (m *memory) add(p past) {
 	}
 }
 
+func (g *generation) append(p past) {
+	if g.len() == 0 {
+		g.first, g.next = p.n, p.n
+	}
+	at := g.chunkOf(p.n)
+	if at == len(g.chunks) {
+		g.chunks = append(g.chunks, new([pastsTogether]past))
+	}
+	g.chunks[at][p.n%pastsTogether] = p
+	g.next++
+}
+
+// chunkOf returns which of the chunks a number is in, once there is a first.
+func (g *generation) chunkOf(n uint64) int { return int(n/pastsTogether - g.first/pastsTogether) }
+
 // clear empties a generation; views may have its pasts.
 func (g *generation) clear() {
-	g.pasts = nil
+	g.first, g.next, g.chunks = 0, 0, nil
 	g.traces = &btree.Map[string, fence.Token]{}
 	clear(g.byLease)
 	clear(g.byRequest)
@@ -159,8 +180,9 @@ func (g *generation) clear() {
 // of a generation.
 func (m *memory) forget(through uint64) {
 	for _, g := range []*generation{&m.old, &m.young} {
-		n := sort.Search(len(g.pasts), func(i int) bool { return g.pasts[i].revision > through })
-		if g.pasts = g.pasts[n:]; len(g.pasts) > 0 {
+		n := g.first + uint64(sort.Search(g.len(), func(i int) bool { return g.at(g.first+uint64(i)).revision > through }))
+		if n < g.next {
+			g.chunks, g.first = g.chunks[g.chunkOf(n):], n
 			return
 		}
 		g.clear()
@@ -169,10 +191,10 @@ func (m *memory) forget(through uint64) {
 
 // at returns the past with a number, or nil when it is forgotten, or n is 0.
 func (g *generation) at(n uint64) *past {
-	if len(g.pasts) == 0 || n < g.pasts[0].n {
+	if n < g.first || n >= g.next {
 		return nil
 	}
-	return &g.pasts[n-g.pasts[0].n]
+	return &g.chunks[g.chunkOf(n)][n%pastsTogether]
 }
 
 // find returns the past with one of two numbers, the younger first.
