@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/distlock/distlock/client"
 	"github.com/distlock/distlock/fence"
@@ -20,7 +21,7 @@ import (
 func clusterCommand() *cobra.Command {
 	return group("cluster", "See and change the cluster, back it up",
 		clusterStatusCommand(), clusterMembersCommand(), clusterAddCommand(), clusterPromoteCommand(), clusterRemoveCommand(),
-		clusterTransferCommand(), clusterBackupCommand(), clusterRestoreCommand())
+		clusterTransferCommand(), clusterBackupCommand(), clusterRestoreCommand(), clusterRecoverCommand())
 }
 
 func viewMembers(s client.Status) (views []map[string]any, rows [][]string) {
@@ -179,34 +180,86 @@ func clusterTransferCommand() *cobra.Command {
 
 func clusterBackupCommand() *cobra.Command {
 	r := &remote{}
-	return r.add(&cobra.Command{
+	var dir string
+	cmd := r.add(&cobra.Command{
 		Use: "backup FILE", Short: "Write a consistent copy of everything while the server serves", Args: exactly("FILE"),
-		Example: "  distlock cluster backup /backup/distlock-$(date +%F)",
+		Long: `Write a consistent copy of everything while the server serves, or, with
+--data-dir, of what a stopped server's directory has.
+
+FILE appears whole, checked and synced, or not at all; what it was is replaced.
+A FILE that is no regular file is written to as it comes, and so is standard
+output, which is "-".`,
+		Example: "  distlock cluster backup /backup/distlock-$(date +%F)\n" +
+			"  distlock cluster backup - | ssh backup 'cat >distlock.backup'\n" +
+			"  distlock cluster backup saved --data-dir distlock-data",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := r.dial()
+			from := func(to io.Writer) error {
+				private()
+				_, err := server.BackupDirectory(dir, to, versionString(), time.Now())
+				return err
+			}
+			if dir == "" {
+				c, err := r.dial()
+				if err != nil {
+					return err
+				}
+				defer c.Close()
+				from = func(to io.Writer) error { return c.Backup(cmd.Context(), to) }
+			}
+			info, said, err := backup(cmd, args[0], from)
 			if err != nil {
 				return err
 			}
-			defer c.Close()
-			info, err := backup(cmd.Context(), c, args[0])
-			if err != nil {
-				return err
-			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%s: cluster %s, %s, %s, last token %d\n", args[0], info.ClusterID, counted(int(info.Leases), "lease"), counted(int(info.Locks), "lock"), info.LastToken)
+			fmt.Fprintf(said, "%s: cluster %s, %s, %s, last token %d\n", args[0], info.ClusterID, counted(int(info.Leases), "lease"), counted(int(info.Locks), "lock"), info.LastToken)
 			return nil
 		},
 	})
+	cmd.Flags().StringVar(&dir, "data-dir", "", "of a stopped server, to back up instead")
+	return cmd
 }
 
-// backup writes a file that appears whole, checked and synced, or not at all.
-func backup(ctx context.Context, c *client.Client, file string) (info server.BackupInfo, err error) {
+// backup writes a backup to where FILE says, and returns where to say so: not
+// into a backup that may go on elsewhere.
+func backup(cmd *cobra.Command, file string, from func(io.Writer) error) (info server.BackupInfo, said io.Writer, err error) {
+	said = cmd.OutOrStdout()
+	if file == "-" {
+		info, err = streamBackup(cmd.OutOrStdout(), from)
+		return info, cmd.ErrOrStderr(), err
+	}
+	_, err = os.Lstat(file)
+	if errors.Is(err, os.ErrNotExist) {
+		info, err = backupFile(file, from)
+		return info, said, err
+	}
+	at, err := os.Stat(file)
+	switch {
+	case err != nil:
+		return info, said, err
+	case at.IsDir():
+		return info, said, usage("FILE must be a file, and %s is a directory", file)
+	case !at.Mode().IsRegular():
+		out, err := os.OpenFile(file, os.O_WRONLY, 0)
+		if err != nil {
+			return info, said, err
+		}
+		info, err = streamBackup(out, from)
+		return info, cmd.ErrOrStderr(), errors.Join(err, out.Close())
+	}
+	if file, err = filepath.EvalSymlinks(file); err == nil { // a link goes on to name the same file
+		info, err = backupFile(file, from)
+	}
+	return info, said, err
+}
+
+// backupFile writes a file that appears whole, checked and synced, or not at all.
+func backupFile(file string, from func(io.Writer) error) (info server.BackupInfo, err error) {
 	f, err := os.CreateTemp(filepath.Dir(file), filepath.Base(file)+".part-")
 	if err != nil {
 		return info, err
 	}
 	defer os.Remove(f.Name())
 	defer f.Close()
-	if err := c.Backup(ctx, f); err != nil {
+	if err := from(f); err != nil {
 		return info, err
 	}
 	if err := f.Sync(); err != nil {
@@ -228,6 +281,24 @@ func backup(ctx context.Context, c *client.Client, file string) (info server.Bac
 	return info, errors.Join(dir.Sync(), dir.Close())
 }
 
+// streamBackup checks a backup while it is written.
+func streamBackup(to io.Writer, from func(io.Writer) error) (info server.BackupInfo, err error) {
+	in, out := io.Pipe()
+	checked := make(chan error, 1)
+	go func() {
+		var err error
+		info, err = server.CheckBackup(in)
+		in.CloseWithError(err) // whoever writes on is told
+		checked <- err
+	}()
+	err = from(io.MultiWriter(to, out))
+	out.CloseWithError(err)
+	if wrong := <-checked; err == nil {
+		err = wrong
+	}
+	return info, err
+}
+
 func clusterRestoreCommand() *cobra.Command {
 	var cfg server.RestoreConfig
 	var above uint64
@@ -240,32 +311,88 @@ another id, all leases have ended, and its tokens go on far above. Give the
 highest token that any resource has seen with --above if it could be higher.`,
 		Example: "  distlock cluster restore /backup/distlock-2026-11-23 --data-dir distlock-data",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if above > uint64(fence.MaxToken) {
-				return usage("--above must be at most %d, and is %d", fence.MaxToken, above)
+			var err error
+			if cfg.Above, err = tokenAbove(above); err != nil {
+				return err
 			}
 			f, err := os.Open(args[0])
 			if err != nil {
 				return err
 			}
 			defer f.Close()
-			cfg.From, cfg.Above, cfg.Now = f, fence.Token(above), time.Now()
+			cfg.From, cfg.Now = f, time.Now()
+			private()
 			res, err := server.Restore(cfg)
 			if err != nil {
 				return fmt.Errorf("%s was not restored: %w", args[0], err)
 			}
-			out := cmd.OutOrStdout()
-			if res.MovedTo != "" {
-				fmt.Fprintf(out, "what %s had is now in %s\n", cfg.Dir, res.MovedTo)
-			}
-			fmt.Fprintf(out, "restored %s into %s: cluster %s, tokens above %d, %s ended\n", args[0], cfg.Dir, res.NewClusterID, res.TokensAbove, counted(int(res.Leases), "lease"))
+			sayMoved(cmd.OutOrStdout(), cfg.Dir, res)
+			fmt.Fprintf(cmd.OutOrStdout(), "restored %s into %s: cluster %s, tokens above %d, %s ended\n", args[0], cfg.Dir, res.NewClusterID, res.TokensAbove, counted(int(res.Leases), "lease"))
 			return nil
 		},
 	}
 	flags := cmd.Flags()
 	flags.StringVar(&cfg.Dir, "data-dir", "distlock-data", "directory to make")
-	flags.Uint64Var(&above, "above", 0, "every new token is above it")
+	aboveFlag(flags, &above)
 	flags.BoolVar(&cfg.Force, "force", false, "move aside what the directory has")
 	flags.StringVar(&cfg.NodeID, "node-id", "n1", "name of the node")
+	flags.StringVar(&cfg.PeerAddress, "peer-address", "", "HOST:PORT where other members will reach it")
+	return cmd
+}
+
+func aboveFlag(flags *pflag.FlagSet, above *uint64) {
+	flags.Uint64Var(above, "above", 0, "every new token is above it")
+}
+
+func tokenAbove(above uint64) (fence.Token, error) {
+	if above > uint64(fence.MaxToken) {
+		return 0, usage("--above must be at most %d, and is %d", fence.MaxToken, above)
+	}
+	return fence.Token(above), nil
+}
+
+func sayMoved(out io.Writer, dir string, res server.RestoreResult) {
+	if res.MovedTo != "" {
+		fmt.Fprintf(out, "what %s had is now in %s\n", dir, res.MovedTo)
+	}
+}
+
+func clusterRecoverCommand() *cobra.Command {
+	var cfg server.RestoreConfig
+	var above uint64
+	cmd := &cobra.Command{
+		Use: "recover --data-dir DIR", Short: "Make a lone survivor's data directory a cluster of its own", Args: noArgs,
+		Long: `Make the data directory of a member a cluster of its own, with that one member:
+for when most of the members are lost for good. Run it on the one that is
+furthest, with no server running on it, and never start the others again but
+with empty directories and --join.
+
+It begins a history of its own, as restore does: another cluster id, all leases
+have ended, tokens go on far above. What the lost members had acknowledged and
+this one has not received is lost. The old data is kept, aside.`,
+		Example: "  distlock cluster recover --data-dir distlock-data",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if cfg.Dir == "" {
+				return usage("--data-dir must say which directory to recover")
+			}
+			var err error
+			if cfg.Above, err = tokenAbove(above); err != nil {
+				return err
+			}
+			cfg.Now = time.Now()
+			private()
+			res, err := server.Recover(cfg)
+			if err != nil {
+				return fmt.Errorf("%s was not recovered: %w", cfg.Dir, err)
+			}
+			sayMoved(cmd.OutOrStdout(), cfg.Dir, res)
+			fmt.Fprintf(cmd.OutOrStdout(), "%s is node %s of cluster %s, alone: tokens above %d, %s ended\n", cfg.Dir, res.NodeID, res.NewClusterID, res.TokensAbove, counted(int(res.Leases), "lease"))
+			return nil
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringVar(&cfg.Dir, "data-dir", "", "directory of the survivor")
+	aboveFlag(flags, &above)
 	flags.StringVar(&cfg.PeerAddress, "peer-address", "", "HOST:PORT where other members will reach it")
 	return cmd
 }

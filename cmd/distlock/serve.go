@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -114,6 +115,7 @@ func (f *serveFlags) run(cmd *cobra.Command) error {
 	}
 	defer logger.Sync()
 	f.Logger, f.Version = logger, versionString()
+	private()
 	s, err := server.New(f.Config)
 	if err != nil {
 		return err
@@ -199,3 +201,7 @@ func newLogger(format, level string) (*zap.Logger, error) {
 	}
 	return cfg.Build()
 }
+
+// private makes every file that this process makes the owner's alone: a data
+// directory holds the names of everything that is locked, and by whom.
+func private() { syscall.Umask(0o077) }

@@ -563,6 +563,7 @@ var masks = []struct {
 	pattern *regexp.Regexp
 	mask    string
 }{
+	{regexp.MustCompile(`\b\d{8}T\d{6}(\.\d+)?Z`), "TIME"},
 	{regexp.MustCompile(`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)`), "TIME"},
 	{regexp.MustCompile(`\b\d\d:\d\d:\d\d(\.\d+)?\b`), "TIME"},
 	{regexp.MustCompile(`(\[::\]|[A-Za-z0-9_.-]+):\d+\b`), "HOST:N"},

@@ -215,6 +215,14 @@ func Open(cfg Config) (_ *Replica, err error) {
 			r.lock.Close()
 		}
 	}()
+	if again, err := finishReplacing(cfg.Dir); err != nil {
+		return nil, fmt.Errorf("data directory %s: cannot finish the restore that was interrupted: %w", cfg.Dir, err)
+	} else if again {
+		r.logger.Info("finished the restore that was interrupted", zap.String("dataDir", cfg.Dir))
+	}
+	if err := tighten(cfg.Dir); err != nil {
+		return nil, err
+	}
 	if err := r.identify(); err != nil {
 		return nil, err
 	}
@@ -357,12 +365,7 @@ func writeFile(file string, text []byte) error {
 	if err := os.Rename(tmp, file); err != nil {
 		return err
 	}
-	dir, err := os.Open(filepath.Dir(file))
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
+	return syncDir(filepath.Dir(file))
 }
 
 func (r *Replica) startRaft() error {

@@ -16,5 +16,11 @@ type (
 // Restore makes a data directory of a backup.
 var Restore = replica.Restore
 
+// Recover makes a lone survivor's data directory a cluster of its own.
+var Recover = replica.Recover
+
+// BackupDirectory backs up a stopped server's data directory.
+var BackupDirectory = replica.BackupDirectory
+
 // CheckBackup reads a backup to its end and says what it is of.
 var CheckBackup = replica.CheckBackup
