@@ -72,31 +72,15 @@ func (c *Client) ask(ctx context.Context, conn *grpc.ClientConn, op *pb.Operatio
 type calls struct{ conn *grpc.ClientConn }
 
 func (u calls) do(ctx context.Context, op *pb.Operation, until patience) (*pb.Answer, error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
 	if until.within > 0 {
 		var stop context.CancelFunc
 		ctx, stop = context.WithTimeout(ctx, until.within)
 		defer stop()
 	}
-	if until.closed != nil {
-		defer context.AfterFunc(until.closed, func() { cancel(ErrClosed) })()
-	}
-	if until.again != nil { // a goroutine for those that wait longer than most
-		done := make(chan struct{})
-		late := time.AfterFunc(until.since, func() { // pace of the network: renewals come later
-			defer close(done)
-			select {
-			case <-until.again:
-				cancel(errAskAgain)
-			case <-ctx.Done():
-			}
-		})
-		defer func() {
-			if cancel(nil); !late.Stop() {
-				<-done
-			}
-		}()
+	if until.again != nil || until.closed != nil {
+		var cancel context.CancelCauseFunc
+		ctx, cancel = context.WithCancelCause(ctx)
+		defer until.watch(ctx, cancel)()
 	}
 	a, err := u.call(ctx, op)
 	if err != nil {
@@ -110,6 +94,40 @@ func (u calls) do(ctx context.Context, op *pb.Operation, until patience) (*pb.An
 		return nil, err
 	}
 	return a, nil
+}
+
+// watch cancels a call with the reason to stop waiting for it. The function
+// that it returns ends the watch, and the context.
+func (until patience) watch(ctx context.Context, cancel context.CancelCauseFunc) func() {
+	if until.again == nil { // answered soon, or lost
+		stop := context.AfterFunc(until.closed, func() { cancel(ErrClosed) })
+		return func() {
+			stop()
+			cancel(nil)
+		}
+	}
+	var closed <-chan struct{}
+	if until.closed != nil {
+		closed = until.closed.Done()
+	}
+	done := make(chan struct{})
+	// A goroutine, for those only that wait longer than most. The pace is that
+	// of the network: renewals come later.
+	late := time.AfterFunc(until.since, func() {
+		defer close(done)
+		select {
+		case <-until.again:
+			cancel(errAskAgain)
+		case <-closed:
+			cancel(ErrClosed)
+		case <-ctx.Done():
+		}
+	})
+	return func() {
+		if cancel(nil); !late.Stop() {
+			<-done
+		}
+	}
 }
 
 func (u calls) call(ctx context.Context, op *pb.Operation) (*pb.Answer, error) {
