@@ -430,14 +430,35 @@ func (c *Client) RemoveMember(ctx context.Context, id string) error {
 }
 
 // TransferLeadership makes another voter lead, id or whichever is furthest,
-// and returns who does. Errors: ErrMembership.
+// and returns who does. Which one is decided once, before it is asked for, so
+// that a repeat after a lost answer moves the leadership no further. Errors:
+// ErrMembership.
 func (c *Client) TransferLeadership(ctx context.Context, id string) (leader string, err error) {
+	if id == "" {
+		s, err := c.Status(ctx)
+		if err != nil {
+			return "", err
+		}
+		id = successor(s)
+	}
 	err = c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
 		r, err := clusterOf(conn).TransferLeadership(ctx, &pb.TransferLeadershipRequest{Id: id})
 		leader = r.GetLeader()
 		return err
 	})
 	return leader, err
+}
+
+// successor is the healthy voter that is furthest, beside the leader; "" where
+// there is none, or no leader: the server says so.
+func successor(s Status) string {
+	var best Member
+	for _, m := range s.Members {
+		if s.Leader != "" && m.ID != s.Leader && m.Healthy && m.Role == "voter" && (best.ID == "" || m.AppliedIndex > best.AppliedIndex) {
+			best = m
+		}
+	}
+	return best.ID
 }
 
 // Backup writes a backup of everything to w, as of a moment after the call

@@ -8,6 +8,8 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -158,6 +160,17 @@ func clusterPromoteCommand() *cobra.Command {
 func clusterRemoveCommand() *cobra.Command {
 	return change("remove ID", "Take a node out; it stops serving", "  distlock cluster remove n2", exactly("ID"),
 		func(ctx context.Context, c *client.Client, args []string) (string, error) {
+			s, err := c.Status(ctx)
+			if err != nil {
+				return "", err
+			}
+			var ids []string
+			for _, m := range s.Members {
+				ids = append(ids, m.ID)
+			}
+			if !slices.Contains(ids, args[0]) { // the API takes it for a repeat
+				return "", fmt.Errorf("there is no member %s: the members are %s", args[0], strings.Join(ids, ", "))
+			}
 			return args[0] + " is no member", c.RemoveMember(ctx, args[0])
 		})
 }

@@ -295,9 +295,9 @@ func (r *Replica) learned(n note) {
 	r.mu.Lock()
 	r.note = n
 	r.mu.Unlock()
-	switch ours := r.ClusterID(); ours {
-	case n.ClusterID:
-	case "":
+	switch ours := r.ClusterID(); {
+	case n.ClusterID == "", n.ClusterID == ours: // a snapshot may be from before the cluster got its id
+	case ours == "":
 		if err := r.saveIdentity(func(id *identity) { id.ClusterID = n.ClusterID }); err != nil {
 			r.fail(fmt.Errorf("cannot write who this node is: %w", cause(err)))
 		}

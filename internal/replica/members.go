@@ -17,7 +17,8 @@ import (
 )
 
 // Members asks every member how it is, with the id of the leader if it is
-// known, and this node's term. Any node answers.
+// known, and this node's term. A member is healthy that answers and has caught
+// up. Any node answers.
 func (r *Replica) Members() (list []lease.Member, leader string, term uint64) {
 	known := r.known()
 	servers := r.configuration().servers.Servers
@@ -46,6 +47,13 @@ func (r *Replica) Members() (list []lease.Member, leader string, term uint64) {
 		}()
 	}
 	group.Wait()
+	furthest := uint64(0)
+	for _, m := range list {
+		furthest = max(furthest, m.AppliedIndex)
+	}
+	for i := range list { // who answers and is far behind is no help yet
+		list[i].Healthy = list[i].Healthy && list[i].AppliedIndex+caughtUp >= furthest
+	}
 	slices.SortFunc(list, func(a, b lease.Member) int { return strings.Compare(a.ID, b.ID) })
 	return list, known.id, r.raft.CurrentTerm()
 }
@@ -70,17 +78,26 @@ func (r *Replica) AddMember(id, peerAddress, cluster string) (string, error) {
 		if err := r.knowsLevel(id, peerAddress); err != nil {
 			return err
 		}
-		for _, s := range r.configuration().servers.Servers {
+		c := r.configuration()
+		next := voters(c.servers)
+		suffrage := raft.Nonvoter
+		for i, s := range c.servers.Servers {
 			switch {
 			case string(s.ID) == id && string(s.Address) == peerAddress:
 				return nil
-			case string(s.ID) == id && s.Suffrage == raft.Voter:
-				return r.raft.AddVoter(s.ID, raft.ServerAddress(peerAddress), 0, changeWithin).Error()
-			case string(s.ID) != id && string(s.Address) == peerAddress:
+			case string(s.ID) == id:
+				suffrage = c.servers.Servers[i].Suffrage
+			case string(s.Address) == peerAddress:
 				return refused(id, fmt.Sprintf("%s is the peer address of %s", peerAddress, s.ID))
 			}
 		}
-		return r.raft.AddNonvoter(raft.ServerID(id), raft.ServerAddress(peerAddress), 0, changeWithin).Error()
+		if err := r.quorumOf(next, id); err != nil {
+			return err
+		}
+		if suffrage == raft.Voter {
+			return r.raft.AddVoter(raft.ServerID(id), raft.ServerAddress(peerAddress), c.index, changeWithin).Error()
+		}
+		return r.raft.AddNonvoter(raft.ServerID(id), raft.ServerAddress(peerAddress), c.index, changeWithin).Error()
 	})
 }
 
@@ -99,14 +116,70 @@ func (r *Replica) PromoteMember(id string) error {
 		if err != nil {
 			return refused(id, fmt.Sprintf("it does not answer at %s; promote it once it runs", s.Address))
 		}
+		if about.GetNodeId() != id {
+			return refused(id, fmt.Sprintf("at %s answers %s", s.Address, about.GetNodeId()))
+		}
 		if err := r.knowsLevel(id, string(s.Address)); err != nil {
 			return err
 		}
 		if last := r.raft.LastIndex(); about.GetAppliedIndex()+caughtUp < last {
 			return refused(id, fmt.Sprintf("it is %d log entries behind; promote it once it has caught up", last-about.GetAppliedIndex()))
 		}
-		return r.raft.AddVoter(s.ID, s.Address, 0, changeWithin).Error()
+		c := r.configuration()
+		if err := r.quorumOf(append(voters(c.servers), s), id); err != nil {
+			return err
+		}
+		return r.raft.AddVoter(s.ID, s.Address, c.index, changeWithin).Error()
 	})
+}
+
+// quorumOf refuses a change of the membership after which nothing could be
+// committed: unless a majority of the voters that there would be, this node
+// among them, answers in this term and has nearly all of the log. One of them
+// may still be lost a moment later.
+func (r *Replica) quorumOf(next []raft.Server, id string) error {
+	live := r.live(next)
+	if len(live) > len(next)/2 {
+		return nil
+	}
+	var silent []string
+	for _, s := range next {
+		if _, ok := live[s.ID]; !ok {
+			silent = append(silent, string(s.ID))
+		}
+	}
+	return refused(id, fmt.Sprintf("only %d of the %d voters that there would be answer and have caught up, and nothing could be granted: bring back or remove %s first",
+		len(live), len(next), strings.Join(silent, ", ")))
+}
+
+// live asks servers how they are, and returns the last index of the log that
+// each has, of those that answer in this node's term and have caught up. Only
+// the leader knows what that is.
+func (r *Replica) live(servers []raft.Server) map[raft.ServerID]uint64 {
+	var mu sync.Mutex
+	live := make(map[raft.ServerID]uint64)
+	term, last := r.raft.CurrentTerm(), r.raft.LastIndex()
+	var group sync.WaitGroup
+	for _, s := range servers {
+		if string(s.ID) == r.nodeID {
+			mu.Lock()
+			live[s.ID] = last
+			mu.Unlock()
+			continue
+		}
+		group.Add(1)
+		go func() {
+			defer group.Done()
+			about, err := r.about(string(s.Address), time.Second)
+			if err == nil && about.GetNodeId() == string(s.ID) && about.GetTerm() == term && about.GetLastIndex()+caughtUp >= last {
+				mu.Lock()
+				live[s.ID] = about.GetLastIndex()
+				mu.Unlock()
+			}
+		}()
+	}
+	group.Wait()
+	return live
 }
 
 // caughtUp is how many entries a learner may be behind to get its vote: it
@@ -131,7 +204,12 @@ func (r *Replica) RemoveMember(id string) error {
 			}
 			return r.notLeader()
 		}
-		if err := r.raft.RemoveServer(s.ID, 0, changeWithin).Error(); err != nil {
+		c := r.configuration()
+		next := slices.DeleteFunc(voters(c.servers), func(v raft.Server) bool { return v.ID == s.ID })
+		if err := r.quorumOf(next, id); err != nil {
+			return err
+		}
+		if err := r.raft.RemoveServer(s.ID, c.index, changeWithin).Error(); err != nil {
 			return err
 		}
 		r.logger.Info("removed a member", zap.String("node", id))
@@ -153,27 +231,40 @@ func (r *Replica) TransferLeadership(id string) (leader string, err error) {
 	return r.transfer(id)
 }
 
+// transfer hands over to a voter that answers and has caught up, and to no
+// other: raft would keep every change waiting for one that does not.
 func (r *Replica) transfer(id string) (string, error) {
-	if r.voters() < 2 {
+	others := slices.DeleteFunc(voters(r.configuration().servers), func(s raft.Server) bool { return string(s.ID) == r.nodeID })
+	if len(others) == 0 {
 		return "", refused("", "there is no other voter to lead")
+	}
+	if id != "" {
+		others = slices.DeleteFunc(others, func(s raft.Server) bool { return string(s.ID) != id })
+		if len(others) == 0 {
+			return "", refused(id, "there is no such voter")
+		}
+	}
+	live := r.live(others)
+	var to raft.Server
+	for _, s := range others { // the furthest
+		if last, ok := live[s.ID]; ok && !r.peers.silent(s.ID) && (to.ID == "" || last > live[to.ID]) {
+			to = s
+		}
+	}
+	switch {
+	case to.ID == "" && id != "":
+		return "", refused(id, "it does not answer, or has not caught up: it cannot lead now")
+	case to.ID == "":
+		return "", refused("", "no other voter answers and has caught up")
 	}
 	r.transferring.Store(true)
 	defer r.transferring.Store(false)
-	var future raft.Future
-	if id == "" {
-		future = r.raft.LeadershipTransfer()
-	} else {
-		s, ok := r.server(id)
-		if !ok || s.Suffrage != raft.Voter {
-			return "", refused(id, "there is no such voter")
-		}
-		future = r.raft.LeadershipTransferToServer(s.ID, s.Address)
-	}
+	future := r.raft.LeadershipTransferToServer(to.ID, to.Address)
 	if err := future.Error(); err != nil {
 		if errors.Is(err, raft.ErrNotLeader) {
 			return "", r.notLeader()
 		}
-		return "", refused(id, fmt.Sprintf("the leadership could not be handed over: %v", err))
+		return "", refused(string(to.ID), fmt.Sprintf("the leadership could not be handed over: %v", err))
 	}
 	// Raft is done when the other has been told; wait until it leads.
 	ctx, cancel := context.WithTimeout(context.Background(), changeWithin)
@@ -212,6 +303,8 @@ func (r *Replica) change(fn func() error) error {
 		return r.notLeader()
 	case errors.Is(err, raft.ErrLeadershipLost), errors.Is(err, raft.ErrRaftShutdown), errors.Is(err, raft.ErrEnqueueTimeout):
 		return fmt.Errorf("%w: %w", lease.ErrOutcomeUnknown, err)
+	case err != nil && strings.Contains(err.Error(), "configuration changed since"): // raft has no type for it
+		return refused("", "the members have changed meanwhile: look at them again")
 	}
 	return err
 }

@@ -36,6 +36,7 @@ type peers struct {
 	ctx      context.Context
 	cancel   context.CancelFunc
 	network  *raft.NetworkTransport
+	reach    *transport // what raft sends by
 
 	mu      sync.Mutex
 	outward map[outward]*grpc.ClientConn
@@ -125,8 +126,13 @@ func (p *peers) raftTransport() raft.Transport {
 		Stream: streams{p}, MaxPool: 3, Timeout: peerTimeout, Logger: quiet(p.r.logger.Named("peer"), nil),
 		MsgpackUseNewTimeFormat: true,
 	})
-	return &transport{NetworkTransport: p.network, r: p.r, silent: make(map[raft.ServerID]bool)}
+	p.reach = &transport{NetworkTransport: p.network, r: p.r, silence: make(map[raft.ServerID]chan struct{})}
+	return p.reach
 }
+
+// silent reports whether a follower did not answer when it was sent something
+// the last time.
+func (p *peers) silent(id raft.ServerID) bool { return p.reach.silentUntil(id) != nil }
 
 // serve begins to take connections; raft must be running.
 func (p *peers) serve() {
@@ -494,24 +500,105 @@ func (a address) Network() string { return "tcp" }
 func (a address) String() string  { return string(a) }
 
 // transport is raft's, silent towards the followers while the disk stalls.
+//
+// What raft sends to a follower that does not answer waits here until a
+// heartbeat has come through: raft itself would wait for 10 ms, then twice as
+// long each time, up to 10 s, and leave one that is back alone for that long.
+// No answer is made up.
 type transport struct {
 	*raft.NetworkTransport
 	r *Replica
 
-	mu     sync.Mutex
-	silent map[raft.ServerID]bool // followers that did not answer the last time
+	mu      sync.Mutex
+	silence map[raft.ServerID]chan struct{} // of followers that did not answer the last time; closed when they do
 }
 
-var errStalled = errors.New("the disk stalls")
+var (
+	errStalled   = errors.New("the disk stalls")
+	errNotWanted = errors.New("it is no longer to be sent")
+)
 
 // AppendEntries implements raft.Transport.
 func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
 	if t.r.stalled.Load() {
 		return errStalled
 	}
+	if !heartbeat(args) {
+		if err := t.await(id, args.Term); err != nil {
+			return err
+		}
+	}
 	err := t.NetworkTransport.AppendEntries(id, target, args, resp)
 	t.heard(id, err)
 	return err
+}
+
+// heartbeat tells raft's heartbeats from what it replicates, which says where
+// in the log it belongs.
+func heartbeat(args *raft.AppendEntriesRequest) bool {
+	return len(args.Entries) == 0 && args.PrevLogEntry == 0 && args.LeaderCommitIndex == 0
+}
+
+// InstallSnapshot implements raft.Transport.
+func (t *transport) InstallSnapshot(id raft.ServerID, target raft.ServerAddress, args *raft.InstallSnapshotRequest, resp *raft.InstallSnapshotResponse, data io.Reader) error {
+	if err := t.await(id, args.Term); err != nil {
+		return err
+	}
+	err := t.NetworkTransport.InstallSnapshot(id, target, args, resp, data)
+	t.heard(id, err)
+	return err
+}
+
+// TimeoutNow implements raft.Transport. Raft takes no changes until it is
+// answered, and waits for as long as it takes.
+func (t *transport) TimeoutNow(id raft.ServerID, target raft.ServerAddress, args *raft.TimeoutNowRequest, resp *raft.TimeoutNowResponse) error {
+	answered := make(chan error, 1)
+	own := new(raft.TimeoutNowResponse) // resp is raft's once this returns
+	if !t.r.peers.start(func() { answered <- t.NetworkTransport.TimeoutNow(id, target, args, own) }) {
+		return net.ErrClosed
+	}
+	select {
+	case err := <-answered:
+		*resp = *own
+		return err
+	case <-time.After(t.r.cfg.ElectionTimeout):
+		return fmt.Errorf("%s does not answer", id)
+	}
+}
+
+func (t *transport) silentUntil(id raft.ServerID) <-chan struct{} {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if c, ok := t.silence[id]; ok {
+		return c
+	}
+	return nil
+}
+
+// await waits while a follower is silent. It fails once the leadership of the
+// term has ended, the follower is no member any more, or this node stops.
+func (t *transport) await(id raft.ServerID, term uint64) error {
+	for {
+		answers := t.silentUntil(id)
+		if answers == nil {
+			return nil
+		}
+		select {
+		case <-answers:
+		case <-t.r.peers.ctx.Done():
+			return net.ErrClosed
+		case <-time.After(50 * time.Millisecond):
+			select {
+			case <-t.r.started:
+			default:
+				continue
+			}
+			_, member := t.r.server(string(id))
+			if !member || t.r.raft.State() != raft.Leader || t.r.raft.CurrentTerm() != term {
+				return errNotWanted
+			}
+		}
+	}
 }
 
 // heard says, once each time, that a follower does not answer, or does again.
@@ -520,8 +607,14 @@ func (t *transport) heard(id raft.ServerID, err error) {
 		return
 	}
 	t.mu.Lock()
-	was := t.silent[id]
-	t.silent[id] = err != nil
+	answers, was := t.silence[id]
+	switch {
+	case err != nil && !was:
+		t.silence[id] = make(chan struct{})
+	case err == nil && was:
+		delete(t.silence, id)
+		close(answers)
+	}
 	t.mu.Unlock()
 	switch {
 	case err != nil && !was:

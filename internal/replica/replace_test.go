@@ -10,6 +10,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/raft"
+	"go.uber.org/zap"
+
 	"github.com/distlock/distlock/lease"
 	"github.com/distlock/distlock/lease/machine"
 )
@@ -310,5 +313,43 @@ func TestFilesAreTheOwnersAlone(t *testing.T) {
 	}
 	if info, err := os.Stat(filepath.Join(dir, "lost+found", "x")); err != nil || info.Mode().Perm() != 0o644 {
 		t.Errorf("lost+found was touched: %v, %v", info.Mode(), err)
+	}
+}
+
+// A snapshot may have been taken before the first leader gave the cluster its
+// id, and the directory have learned it afterwards.
+func TestASnapshotFromBeforeTheClustersID(t *testing.T) {
+	dir := t.TempDir()
+	r := open(t, Config{Dir: dir})
+	eventually(t, "the id is known", func() bool { return r.ClusterID() != "" })
+	id := r.ClusterID()
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.RemoveAll(filepath.Join(dir, snapshotsDir)); err != nil {
+		t.Fatal(err)
+	}
+	d, err := openDisk(Config{Dir: dir, Logger: zap.NewNop(), SegmentSize: 1 << 20}, func(err error) { t.Error(err) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	// As of entry 1, the configuration, with the entries after it in the log.
+	c := d.configs.latest()
+	_, transport := raft.NewInmemTransport("n1")
+	sink, err := d.snapshots.Create(raft.SnapshotVersionMax, 1, 1, c.servers, c.index, transport)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := (snapshot{note{}, machine.New(0).Copy()}).Persist(sink); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.close(); err != nil {
+		t.Fatal(err)
+	}
+	r = open(t, Config{Dir: dir})
+	defer r.Close()
+	acquire(t, r, 1)
+	if err := r.Err(); err != nil || r.ClusterID() != id {
+		t.Errorf("cluster %s, not %s: %v", r.ClusterID(), id, err)
 	}
 }

@@ -134,6 +134,7 @@ type Replica struct {
 	newest     machine.Level // that this build knows
 	leadership chan lease.Leadership
 	futures    chan inFlight
+	started    chan struct{} // closed once raft is set: raft's own goroutines begin before
 	closing    chan struct{}
 	group      sync.WaitGroup // the goroutines of Open
 
@@ -194,6 +195,7 @@ func Open(cfg Config) (_ *Replica, err error) {
 		cfg: cfg, dir: cfg.Dir, logger: cfg.Logger,
 		leadership: make(chan lease.Leadership),
 		futures:    make(chan inFlight, 64),
+		started:    make(chan struct{}),
 		closing:    make(chan struct{}),
 		news:       make(chan struct{}),
 		suspects:   make(chan struct{}, 1),
@@ -422,6 +424,7 @@ func (r *Replica) startRaft() error {
 	if r.raft, err = raft.NewRaft(config, r.fsm, r.disk, r.disk, r.disk.snapshots, transport); err != nil {
 		return &CorruptError{File: r.dir, Err: err}
 	}
+	close(r.started)
 	if n := len(r.configuration().servers.Servers); n > 1 && r.peers == nil {
 		r.raft.Shutdown().Error()
 		return fmt.Errorf("data directory %s is of a member of a cluster of %d: give this node's --peer-address", r.dir, n)

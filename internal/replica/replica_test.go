@@ -55,7 +55,7 @@ func lead(t testing.TB, r *Replica) lease.Leadership {
 	select {
 	case l := <-r.Leadership():
 		if !l.Leader {
-			t.Fatal("not the leader")
+			t.Fatalf("not the leader: %v", r.Err())
 		}
 		return l
 	case <-time.After(10 * time.Second):

@@ -719,9 +719,10 @@ type ClusterServiceClient interface {
 	// repeated.
 	PromoteMember(ctx context.Context, in *PromoteMemberRequest, opts ...grpc.CallOption) (*PromoteMemberResponse, error)
 	// RemoveMember takes a member out, which then stops serving. It may be
-	// repeated.
+	// repeated: an id that is no member's is answered like one just removed.
 	RemoveMember(ctx context.Context, in *RemoveMemberRequest, opts ...grpc.CallOption) (*RemoveMemberResponse, error)
-	// TransferLeadership makes another voter lead.
+	// TransferLeadership makes another voter lead. Who repeats it names which
+	// one: without an id each call moves the leadership on.
 	TransferLeadership(ctx context.Context, in *TransferLeadershipRequest, opts ...grpc.CallOption) (*TransferLeadershipResponse, error)
 	// Backup streams a consistent copy of everything while the cluster serves.
 	Backup(ctx context.Context, in *BackupRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupResponse], error)
@@ -819,9 +820,10 @@ type ClusterServiceServer interface {
 	// repeated.
 	PromoteMember(context.Context, *PromoteMemberRequest) (*PromoteMemberResponse, error)
 	// RemoveMember takes a member out, which then stops serving. It may be
-	// repeated.
+	// repeated: an id that is no member's is answered like one just removed.
 	RemoveMember(context.Context, *RemoveMemberRequest) (*RemoveMemberResponse, error)
-	// TransferLeadership makes another voter lead.
+	// TransferLeadership makes another voter lead. Who repeats it names which
+	// one: without an id each call moves the leadership on.
 	TransferLeadership(context.Context, *TransferLeadershipRequest) (*TransferLeadershipResponse, error)
 	// Backup streams a consistent copy of everything while the cluster serves.
 	Backup(*BackupRequest, grpc.ServerStreamingServer[BackupResponse]) error
