@@ -159,8 +159,9 @@ type Restored struct {
 // Member is one node of the cluster.
 type Member struct {
 	ID, ClientAddress, PeerAddress, Role string
-	Leader, Healthy                      bool
+	Leader, Healthy                      bool // healthy: it answers, and has caught up
 	AppliedIndex                         uint64
+	Incarnation                          string // of its data directory; "" of one that the first builds made
 }
 
 // ReadOption changes how Get, List, LeaseInfo and Leases read.
@@ -389,6 +390,7 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 		s.Members = append(s.Members, Member{
 			ID: m.GetId(), ClientAddress: m.GetClientAddress(), PeerAddress: m.GetPeerAddress(), Role: m.GetRole(),
 			Leader: m.GetLeader(), Healthy: m.GetHealthy(), AppliedIndex: m.GetAppliedIndex(),
+			Incarnation: m.GetIncarnation(),
 		})
 	}
 	if x := r.GetRestored(); x != nil {
@@ -403,8 +405,9 @@ func clusterOf(conn *grpc.ClientConn) pb.ClusterServiceClient {
 	return pb.NewClusterServiceClient(conn)
 }
 
-// AddMember makes a node a learner of the cluster, or gives a member another
-// peer address. Errors: ErrMembership.
+// AddMember makes a node that waits for it a learner of the cluster, or records
+// that a member, stopped, has moved to another peer address. Errors:
+// ErrMembership.
 func (c *Client) AddMember(ctx context.Context, id, peerAddress string) error {
 	return c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
 		_, err := clusterOf(conn).AddMember(ctx, &pb.AddMemberRequest{Id: id, PeerAddress: peerAddress})

@@ -49,11 +49,12 @@ type Leadership struct {
 // Member is one node of the cluster that keeps the log.
 type Member struct {
 	ID            string
+	Incarnation   string // of its data directory; "" of one that the first builds made
 	PeerAddress   string
 	ClientAddress string // "" while it does not answer
 	Role          string // RoleVoter or RoleLearner
 	Leader        bool
-	Healthy       bool // it answers
+	Healthy       bool // it answers, and has caught up
 	AppliedIndex  uint64
 }
 

@@ -79,7 +79,7 @@ func (l *loop) run(ctx context.Context) (err error) {
 		case change, ok := <-leadership:
 			if !ok {
 				if err := l.log.Err(); err != nil {
-					return fmt.Errorf("%w: %w", ErrLogFailed, err)
+					return logFailed(err)
 				}
 				return nil
 			}

@@ -139,9 +139,17 @@ func (m *Manager) Do(ctx context.Context, op Operation) (Reply, error) {
 // over is why the loop is over.
 func (m *Manager) over() error {
 	if err := m.log.Err(); err != nil {
-		return fmt.Errorf("%w: %w", ErrLogFailed, err)
+		return logFailed(err)
 	}
 	return ErrStopping
+}
+
+// logFailed is an error as one of the log's; it may say by itself what it is.
+func logFailed(err error) error {
+	if errors.Is(err, ErrLogFailed) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", ErrLogFailed, err)
 }
 
 // Status is how a node is at a glance.

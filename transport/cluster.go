@@ -41,7 +41,7 @@ func (s *clusterService) Status(context.Context, *pb.StatusRequest) (*pb.StatusR
 	for _, m := range list {
 		out.Members = append(out.Members, &pb.Member{
 			Id: m.ID, ClientAddress: m.ClientAddress, PeerAddress: m.PeerAddress, Role: m.Role, Leader: m.Leader,
-			Healthy: m.Healthy, AppliedIndex: m.AppliedIndex,
+			Healthy: m.Healthy, AppliedIndex: m.AppliedIndex, Incarnation: m.Incarnation,
 		})
 	}
 	return out, nil

@@ -31,7 +31,7 @@ func viewMembers(s client.Status) (views []map[string]any, rows [][]string) {
 	for _, m := range s.Members {
 		views = append(views, map[string]any{
 			"id": m.ID, "clientAddress": m.ClientAddress, "peerAddress": m.PeerAddress, "role": m.Role,
-			"leader": m.Leader, "healthy": m.Healthy, "appliedIndex": m.AppliedIndex,
+			"leader": m.Leader, "healthy": m.Healthy, "appliedIndex": m.AppliedIndex, "incarnation": m.Incarnation,
 		})
 		role, healthy := m.Role, "yes"
 		if m.Leader {
@@ -43,10 +43,6 @@ func viewMembers(s client.Status) (views []map[string]any, rows [][]string) {
 		rows = append(rows, []string{m.ID, role, healthy, dash(m.ClientAddress), dash(m.PeerAddress)})
 	}
 	return views, rows
-}
-
-func memberTable(w io.Writer, rows [][]string) {
-	columns(w, []int{12, 0, 0, 22, 22}, []string{"NODE", "ROLE", "UP", "CLIENTS", "PEERS"}, rows)
 }
 
 func clusterStatusCommand() *cobra.Command {
@@ -89,7 +85,7 @@ func clusterStatusCommand() *cobra.Command {
 				if s.Restored != nil {
 					fmt.Fprintf(w, "restored %s from a backup of cluster %s\n", s.Restored.At.Local().Format(time.DateTime), s.Restored.ClusterID)
 				}
-				memberTable(w, rows)
+				columns(w, []int{12, 0, 0, 22, 22}, []string{"NODE", "ROLE", "UP", "CLIENTS", "PEERS"}, rows)
 			})
 			if err == nil && s.Leader == "" {
 				return &exitError{exitFailed, fmt.Errorf("there is no leader")}
@@ -103,6 +99,8 @@ func clusterMembersCommand() *cobra.Command {
 	r := &remote{}
 	return r.addOutput(&cobra.Command{
 		Use: "members", Short: "List the members", Args: noArgs,
+		Long: `List the members. UP says whether a member answers and has caught up, DISK
+which data directory it has: a name with another one is another member.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := r.dial()
 			if err != nil {
@@ -114,7 +112,12 @@ func clusterMembersCommand() *cobra.Command {
 				return err
 			}
 			members, rows := viewMembers(s)
-			return r.print(cmd.OutOrStdout(), map[string]any{"members": members}, func(w io.Writer) { memberTable(w, rows) })
+			for i, m := range s.Members {
+				rows[i] = append(rows[i], dash(m.Incarnation[:min(8, len(m.Incarnation))]))
+			}
+			return r.print(cmd.OutOrStdout(), map[string]any{"members": members}, func(w io.Writer) {
+				columns(w, []int{10, 0, 0, 18, 18, 8}, []string{"NODE", "ROLE", "UP", "CLIENTS", "PEERS", "DISK"}, rows)
+			})
 		},
 	})
 }
@@ -140,7 +143,7 @@ func change(use, short, example string, args cobra.PositionalArgs, do func(conte
 }
 
 func clusterAddCommand() *cobra.Command {
-	return change("add ID PEER-ADDRESS", "Add a node as a learner, or change a member's peer address",
+	return change("add ID PEER-ADDRESS", "Add a node that waits as a learner, or say where a member has moved to",
 		"  distlock cluster add n2 10.0.0.2:50052", exactly("ID", "PEER-ADDRESS"),
 		func(ctx context.Context, c *client.Client, args []string) (string, error) {
 			if _, _, err := net.SplitHostPort(args[1]); err != nil {

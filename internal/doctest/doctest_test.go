@@ -571,6 +571,7 @@ var masks = []struct {
 	{regexp.MustCompile(`\b(dev\b|v\d+\.\d+\.\d+[-+.\w]*)`), "VERSION"},
 	{regexp.MustCompile(`"clusterId": "[0-9a-f]+"`), `"clusterId": "ID"`},
 	{regexp.MustCompile(`\bcluster [0-9a-f]{16}\b`), "cluster ID"},
+	{regexp.MustCompile(`(?m)(HOST:N +)[0-9a-f]{8}$`), "HOST:N DISK"},
 	{regexp.MustCompile(` +`), " "},
 }
 

@@ -378,7 +378,8 @@ func readDirectory(dir string) (id identity, s snapshot, err error) {
 
 // writeHistory writes a data directory that begins with a snapshot.
 func writeHistory(dir, nodeID, peerAddress string, s snapshot) error {
-	text, err := json.Marshal(identity{ClusterID: s.note.ClusterID, NodeID: nodeID})
+	id := identity{ClusterID: s.note.ClusterID, NodeID: nodeID, Incarnation: newIncarnation()}
+	text, err := json.Marshal(id)
 	if err != nil {
 		return err
 	}
@@ -392,7 +393,7 @@ func writeHistory(dir, nodeID, peerAddress string, s snapshot) error {
 	}
 	const term, index = 1, 1
 	address, transport := raft.NewInmemTransport(raft.ServerAddress(orDefault(peerAddress, nodeID)))
-	servers := raft.Configuration{Servers: []raft.Server{{ID: raft.ServerID(nodeID), Address: address}}}
+	servers := raft.Configuration{Servers: []raft.Server{{ID: serverID(nodeID, id.Incarnation), Address: address}}}
 	sink, err := d.snapshots.Create(raft.SnapshotVersionMax, index, term, servers, index, transport)
 	if err == nil {
 		err = s.Persist(sink)

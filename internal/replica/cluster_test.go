@@ -128,6 +128,9 @@ func (c *cluster) stop(n *node) Config {
 	return n.cfg
 }
 
+// end is where the others reach it.
+func (n *node) end() end { return end{n.self, n.cfg.PeerAddress} }
+
 func (n *node) told() lease.Leadership {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -308,7 +311,7 @@ func TestLearnerConfirmsNothing(t *testing.T) {
 		}
 	}
 	c.net.set(true, both(l.nodeID, voters...)...)
-	if about, err := l.about(learner.cfg.PeerAddress, 5*time.Second); err != nil || about.GetNodeId() != "n4" {
+	if about, err := l.about(learner.end(), 5*time.Second); err != nil || about.GetNodeId() != string(learner.self) {
 		t.Fatalf("the learner is to be reachable: %v", err)
 	}
 	if err := l.confirms(term); !errors.Is(err, lease.ErrNotLeader) {
@@ -492,7 +495,7 @@ func TestGrow(t *testing.T) {
 	}
 	first := c.start(Config{NodeID: "n1", PeerAddress: freeAddress(t), Dir: dir})
 	c.leader()
-	eventually(t, "the peer address is recorded", func() bool { return first.RecordedAddress() == first.cfg.PeerAddress })
+	eventually(t, "the peer address is recorded", func() bool { s, _ := first.server(first.self); return string(s.Address) == first.cfg.PeerAddress })
 	for i, id := range []string{"n2", "n3"} {
 		n := c.start(Config{NodeID: id, PeerAddress: freeAddress(t), Join: true})
 		if err := first.PromoteMember(id); err == nil || !strings.Contains(err.Error(), "no such member") {
@@ -591,8 +594,8 @@ func TestLaggingMemberRemovesNobody(t *testing.T) {
 	acquire(t, first.Replica, 0)
 	c.same(first)
 	// What n2 would say while it still replays the log.
-	old := configuration{1, raft.Configuration{Servers: []raft.Server{{ID: "n1", Address: raft.ServerAddress(first.cfg.PeerAddress)}}}}
-	index, member := isMember("n3", old, old, 1)
+	old := configuration{1, raft.Configuration{Servers: []raft.Server{{ID: first.self, Address: raft.ServerAddress(first.cfg.PeerAddress)}}}}
+	index, member := isMember(c.nodes["n3"].self, old, old, 1)
 	if member || index != 1 {
 		t.Fatalf("%d, %v", index, member)
 	}
@@ -601,7 +604,7 @@ func TestLaggingMemberRemovesNobody(t *testing.T) {
 	if err := n3.Err(); err != nil {
 		t.Errorf("believed a member that is behind: %v", err)
 	}
-	if index, member := c.nodes["n2"].member("n3"); !member {
+	if index, member := c.nodes["n2"].member(c.nodes["n3"].self); !member {
 		t.Errorf("n2 does not take n3 for a member, as of %d", index)
 	}
 }
@@ -748,7 +751,7 @@ func TestPeerTLS(t *testing.T) {
 		}
 		raw.SetDeadline(time.Now().Add(10 * time.Second))
 		conn := tls.Client(raw, cfg)
-		writeMessage(conn, append([]byte(greetingMagic), kindPeer), hello{l.ClusterID(), "n2"})
+		writeMessage(conn, append([]byte(greetingMagic), kindPeer), hello{ClusterID: l.ClusterID(), NodeID: c.nodes["n2"].self, To: l.self, start: c.nodes["n2"].start})
 		if n, err := conn.Read(make([]byte, 1)); err == nil || n > 0 {
 			t.Errorf("%s: answered", name)
 		}
@@ -756,7 +759,7 @@ func TestPeerTLS(t *testing.T) {
 	}
 	// And one that speaks no TLS at all.
 	plain := c.start(Config{NodeID: "n9", PeerAddress: freeAddress(t), Join: true, PeerTLS: foreign()})
-	if err := plain.peers.probe(l.cfg.PeerAddress, 5*time.Second); err == nil {
+	if err := plain.peers.probe(l.end(), 5*time.Second); err == nil {
 		t.Error("a node with another authority's certificate was welcomed")
 	}
 }

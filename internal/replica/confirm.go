@@ -40,18 +40,18 @@ func (r *Replica) Confirm(term uint64, done func(error)) {
 	for _, g := range groups {
 		b.counts = append(b.counts, newCount(g))
 	}
-	b.add(raft.ServerID(r.nodeID), true)
+	b.add(r.self, true)
 	b.mu.Unlock()
 	if b.decided() {
 		return
 	}
 	for _, g := range groups {
 		for _, s := range g {
-			if string(s.ID) == r.nodeID || asked[s.ID] {
+			if s.ID == r.self || asked[s.ID] {
 				continue
 			}
 			asked[s.ID] = true
-			if !r.peers.start(func() { b.vote(s.ID, r.asksTerm(string(s.Address)) == term) }) {
+			if !r.peers.start(func() { b.vote(s.ID, r.asksTerm(s) == term) }) {
 				b.vote(s.ID, false)
 			}
 		}
@@ -68,10 +68,10 @@ func (r *Replica) leads(term uint64) bool {
 const confirmWithin = time.Second
 
 // asksTerm asks a voter for its term; 0 when it does not answer.
-func (r *Replica) asksTerm(address string) uint64 {
+func (r *Replica) asksTerm(voter raft.Server) uint64 {
 	ctx, cancel := context.WithTimeout(r.peers.ctx, confirmWithin)
 	defer cancel()
-	conn, err := r.peers.conn(address, kindPeer)
+	conn, err := r.peers.conn(endOf(voter), kindPeer)
 	if err != nil {
 		return 0
 	}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -28,6 +29,8 @@ type fsm struct {
 	fail       func(error)
 	learned    func(note)                       // a note was applied or restored
 	configured func(uint64, raft.Configuration) // a configuration was committed
+	rose       atomic.Bool                      // the level has, by an entry: compact takes a snapshot
+	unread     error                            // of a snapshot that could not be restored
 	stopped    bool                             // an entry could not be applied: none after it may be
 }
 
@@ -68,7 +71,10 @@ func (f *fsm) Apply(l *raft.Log) any {
 		if n.Level > f.newest {
 			return f.stop(l, &LevelError{Level: n.Level, Newest: f.newest})
 		}
-		f.store.Raise(n.Level)
+		if n.Level > f.store.Level() {
+			f.store.Raise(n.Level)
+			f.rose.Store(true)
+		}
 		if f.note.ClusterID == "" { // two leaders may both have made one up
 			f.note.ClusterID = n.ClusterID
 		}
@@ -104,7 +110,11 @@ func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
 func (f *fsm) Restore(from io.ReadCloser) error {
 	defer from.Close()
 	n, m, err := readSnapshot(from)
+	if err == nil && m.Level() > f.newest {
+		err = &LevelError{Level: m.Level(), Newest: f.newest}
+	}
 	if err != nil {
+		f.unread = err
 		return err
 	}
 	f.note = n

@@ -104,8 +104,8 @@ func (r *Replica) tellNews() {
 func (r *Replica) setServing(serving bool) {
 	r.setLeader(func(l *leader) {
 		if l.serving = serving; serving {
-			l.id, l.address, l.client = r.nodeID, r.cfg.PeerAddress, r.cfg.ClientAddress
-		} else if l.id == r.nodeID {
+			l.id, l.address, l.client = r.self, r.cfg.PeerAddress, r.cfg.ClientAddress
+		} else if l.id == r.self {
 			*l = leader{}
 		}
 	})
@@ -131,7 +131,7 @@ func (r *Replica) recordAddress() {
 	r.members.Lock()
 	defer r.members.Unlock()
 	for _, s := range r.configuration().servers.Servers {
-		if string(s.ID) == r.nodeID && string(s.Address) != r.cfg.PeerAddress {
+		if s.ID == r.self && string(s.Address) != r.cfg.PeerAddress {
 			if err := r.raft.AddVoter(s.ID, raft.ServerAddress(r.cfg.PeerAddress), 0, 0).Error(); err != nil {
 				r.logger.Warn("the new peer address could not be recorded", zap.Error(err))
 			}
@@ -153,15 +153,15 @@ func (r *Replica) findLeader() {
 	defer again.Stop()
 	for {
 		address, id := r.raft.LeaderWithID()
-		if string(id) != r.nodeID {
+		if id != r.self {
 			r.setLeader(func(l *leader) {
-				if l.id != string(id) || l.address != string(address) {
-					*l = leader{id: string(id), address: string(address)}
+				if l.id != id || l.address != string(address) {
+					*l = leader{id: id, address: string(address)}
 				}
 			})
 		}
-		if l := r.known(); l.id != "" && l.id != r.nodeID && l.client == "" {
-			if about, err := r.about(l.address, time.Second); err == nil && about.GetNodeId() == l.id {
+		if l := r.known(); l.id != "" && l.id != r.self && l.client == "" {
+			if about, err := r.about(end{l.id, l.address}, time.Second); err == nil {
 				r.setLeader(func(now *leader) {
 					if now.id == l.id {
 						now.client = about.GetClientAddress()
@@ -178,14 +178,19 @@ func (r *Replica) findLeader() {
 	}
 }
 
-func (r *Replica) about(address string, within time.Duration) (*peerpb.AboutResponse, error) {
+// about asks a member how it is.
+func (r *Replica) about(member end, within time.Duration) (*peerpb.AboutResponse, error) {
 	ctx, cancel := context.WithTimeout(r.peers.ctx, within)
 	defer cancel()
-	conn, err := r.peers.conn(address, kindPeer)
+	conn, err := r.peers.conn(member, kindPeer)
 	if err != nil {
 		return nil, err
 	}
-	return peerpb.NewPeerServiceClient(conn).About(ctx, &peerpb.AboutRequest{})
+	about, err := peerpb.NewPeerServiceClient(conn).About(ctx, &peerpb.AboutRequest{})
+	if err == nil && about.GetNodeId() != string(member.id) {
+		return nil, fmt.Errorf("at %s answers %s", member.address, about.GetNodeId())
+	}
+	return about, err
 }
 
 // Leader waits until it is known who leads, and returns a connection on which
@@ -201,8 +206,8 @@ func (r *Replica) Leader(ctx context.Context) (grpc.ClientConnInterface, context
 			return nil, nil, lease.ErrNotLeader
 		case l.serving:
 			return nil, led, nil
-		case l.id != "" && l.id != r.nodeID:
-			conn, err := r.peers.conn(l.address, kindForward)
+		case l.id != "" && l.id != r.self:
+			conn, err := r.peers.conn(end{l.id, l.address}, kindForward)
 			return conn, led, err
 		}
 		select {
@@ -270,7 +275,7 @@ func (r *Replica) voters() int {
 func (r *Replica) configured(index uint64, c raft.Configuration) {
 	r.commit(configuration{index, c})
 	for _, s := range c.Servers {
-		if string(s.ID) == r.nodeID {
+		if s.ID == r.self {
 			return
 		}
 	}
@@ -296,9 +301,9 @@ func (r *Replica) learned(n note) {
 	r.note = n
 	r.mu.Unlock()
 	switch ours := r.ClusterID(); {
-	case n.ClusterID == "", n.ClusterID == ours: // a snapshot may be from before the cluster got its id
-	case ours == "":
-		if err := r.saveIdentity(func(id *identity) { id.ClusterID = n.ClusterID }); err != nil {
+	case n.ClusterID == "", n.ClusterID == ours && r.begun(): // a snapshot may be from before the cluster got its id
+	case ours == "", n.ClusterID == ours:
+		if err := r.saveIdentity(func(id *identity) { id.ClusterID, id.Begun = n.ClusterID, true }); err != nil {
 			r.fail(fmt.Errorf("cannot write who this node is: %w", cause(err)))
 		}
 	default:

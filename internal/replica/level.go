@@ -19,6 +19,10 @@ func (e *LevelError) Error() string {
 	return fmt.Sprintf("the cluster is at level %d, and this build knows level %d at most: start a build that is at least as new as the one that raised it", e.Level, e.Newest)
 }
 
+// incarnationsLevel is the level from which every member greets by incarnation:
+// whoever does not is refused.
+const incarnationsLevel machine.Level = 3
+
 // askLevelsEvery is how long a leader waits before it asks again whether every
 // member knows a higher level.
 const askLevelsEvery = time.Second
@@ -55,18 +59,15 @@ func (r *Replica) tryRaise() error {
 	servers := append([]raft.Server(nil), r.committed.servers.Servers...)
 	r.mu.Unlock()
 	for _, s := range append(servers, r.configuration().servers.Servers...) {
-		if string(s.ID) == r.nodeID {
+		if s.ID == r.self {
 			continue
 		}
 		if r.peers == nil {
 			return fmt.Errorf("member %s cannot be asked without a peer address", s.ID)
 		}
-		about, err := r.about(string(s.Address), time.Second)
-		switch {
-		case err != nil:
+		about, err := r.about(endOf(s), time.Second)
+		if err != nil {
 			return fmt.Errorf("member %s does not answer: %w", s.ID, err)
-		case about.GetNodeId() != string(s.ID):
-			return fmt.Errorf("at the address of member %s is %s", s.ID, about.GetNodeId())
 		}
 		level = min(level, machine.Level(about.GetLevel()))
 	}
@@ -94,10 +95,10 @@ func (r *Replica) write(n note) error {
 // knowsLevel refuses a node that would not do what the members do. One that
 // does not answer is no danger: it stops at the first entry that it does not
 // know, and gets no vote before it answers.
-func (r *Replica) knowsLevel(id, address string) error {
-	about, err := r.about(address, time.Second)
-	if ours := r.cfg.Store.Level(); err == nil && about.GetNodeId() == id && machine.Level(about.GetLevel()) < ours {
-		return refused(id, fmt.Sprintf("its build knows level %d at most, and the cluster is at level %d: start it with the build of the others", about.GetLevel(), ours))
+func (r *Replica) knowsLevel(node end) error {
+	about, err := r.about(node, time.Second)
+	if ours := r.cfg.Store.Level(); err == nil && machine.Level(about.GetLevel()) < ours {
+		return refused(nameOf(node.id), fmt.Sprintf("its build knows level %d at most, and the cluster is at level %d: start it with the build of the others", about.GetLevel(), ours))
 	}
 	return nil
 }

@@ -119,3 +119,28 @@ func TestTheLevelRisesWithTheLastMember(t *testing.T) {
 	}
 	raised(t, fresh.Replica, machine.NewestLevel)
 }
+
+// TestABuildThatCannotReadTheSnapshot: members do not speak to a build without
+// incarnations, so it would not hear how far the log is agreed upon, and wait
+// for ever. It finds the level in a snapshot, says so, and harms nothing.
+func TestABuildThatCannotReadTheSnapshot(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	l := c.leader()
+	acquire(t, l.Replica, 0)
+	for _, n := range c.nodes {
+		eventually(t, "a snapshot at the new level", func() bool {
+			snapshots, err := n.disk.snapshots.List()
+			return err == nil && len(snapshots) > 0
+		})
+	}
+	cfg := c.stop(c.nodes[c.others(l)[0]])
+	cfg.newest = machine.FirstLevel
+	var level *LevelError
+	if _, err := c.tryStart(cfg); !errors.As(err, &level) {
+		t.Fatalf("it started on data of a newer version: %v", err)
+	}
+	cfg.newest = 0
+	c.start(cfg)
+	acquire(t, c.leader().Replica, 1)
+	c.same(c.leader())
+}

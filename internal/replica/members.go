@@ -16,7 +16,7 @@ import (
 	"github.com/distlock/distlock/lease"
 )
 
-// Members asks every member how it is, with the id of the leader if it is
+// Members asks every member how it is, with the name of the leader if it is
 // known, and this node's term. A member is healthy that answers and has caught
 // up. Any node answers.
 func (r *Replica) Members() (list []lease.Member, leader string, term uint64) {
@@ -26,11 +26,12 @@ func (r *Replica) Members() (list []lease.Member, leader string, term uint64) {
 	var group sync.WaitGroup
 	for i, s := range servers {
 		m := &list[i]
-		*m = lease.Member{ID: string(s.ID), PeerAddress: string(s.Address), Role: lease.RoleVoter, Leader: string(s.ID) == known.id}
+		*m = lease.Member{PeerAddress: string(s.Address), Role: lease.RoleVoter, Leader: s.ID == known.id}
+		m.ID, m.Incarnation = split(s.ID)
 		if s.Suffrage != raft.Voter {
 			m.Role = lease.RoleLearner
 		}
-		if m.ID == r.nodeID {
+		if s.ID == r.self {
 			m.PeerAddress = r.cfg.PeerAddress
 			m.ClientAddress, m.Healthy, m.AppliedIndex = r.cfg.ClientAddress, true, r.raft.AppliedIndex()
 			continue
@@ -41,7 +42,7 @@ func (r *Replica) Members() (list []lease.Member, leader string, term uint64) {
 		group.Add(1)
 		go func() {
 			defer group.Done()
-			if about, err := r.about(m.PeerAddress, time.Second); err == nil && about.GetNodeId() == m.ID {
+			if about, err := r.about(endOf(s), time.Second); err == nil {
 				m.ClientAddress, m.Healthy, m.AppliedIndex = about.GetClientAddress(), true, about.GetAppliedIndex()
 			}
 		}()
@@ -55,77 +56,99 @@ func (r *Replica) Members() (list []lease.Member, leader string, term uint64) {
 		list[i].Healthy = list[i].Healthy && list[i].AppliedIndex+caughtUp >= furthest
 	}
 	slices.SortFunc(list, func(a, b lease.Member) int { return strings.Compare(a.ID, b.ID) })
-	return list, known.id, r.raft.CurrentTerm()
+	return list, nameOf(known.id), r.raft.CurrentTerm()
 }
 
 // refused is a change of the membership that is turned down; id "" is of none.
 func refused(id, msg string) error { return &lease.MemberError{ID: id, Msg: msg} }
 
-// AddMember makes a node a learner, or gives a member another peer address.
-// cluster is the node's own cluster id, if it has one. It returns the
-// cluster's id. Errors: ErrNotLeader, *lease.MemberError.
+// AddMember makes a node a learner, or records that a member has moved to
+// another peer address. id is the node's name, or its name and incarnation,
+// which it tells when it asks for itself. cluster is the node's own cluster
+// id, if it has one. It returns the cluster's id. Errors: ErrNotLeader,
+// *lease.MemberError.
 func (r *Replica) AddMember(id, peerAddress, cluster string) (string, error) {
-	if id == "" || len(id) > 64 {
-		return "", refused(id, "a node id has 1 to 64 bytes")
+	name := nameOf(raft.ServerID(id))
+	if err := checkName(name); err != nil {
+		return "", refused(id, err.Error())
 	}
 	if _, _, err := net.SplitHostPort(peerAddress); err != nil {
-		return "", refused(id, "its peer address must be HOST:PORT")
+		return "", refused(name, "its peer address must be HOST:PORT")
 	}
 	return r.ClusterID(), r.change(func() error {
 		if ours := r.ClusterID(); cluster != "" && cluster != ours {
-			return refused(id, fmt.Sprintf("its data directory is of cluster %s, this is cluster %s; start it with an empty one", cluster, ours))
-		}
-		if err := r.knowsLevel(id, peerAddress); err != nil {
-			return err
+			return refused(name, fmt.Sprintf("its data directory is of cluster %s, this is cluster %s; start it with an empty one", cluster, ours))
 		}
 		c := r.configuration()
-		next := voters(c.servers)
-		suffrage := raft.Nonvoter
-		for i, s := range c.servers.Servers {
-			switch {
-			case string(s.ID) == id && string(s.Address) == peerAddress:
-				return nil
-			case string(s.ID) == id:
-				suffrage = c.servers.Servers[i].Suffrage
-			case string(s.Address) == peerAddress:
-				return refused(id, fmt.Sprintf("%s is the peer address of %s", peerAddress, s.ID))
+		member, found := named(c.servers, name)
+		switch {
+		case found && id != name && member.ID != raft.ServerID(id):
+			return refused(name, fmt.Sprintf("it is a member with another data directory: if that is lost, distlock cluster remove %s first", name))
+		case found && string(member.Address) == peerAddress:
+			return nil
+		}
+		for _, s := range c.servers.Servers {
+			if string(s.Address) == peerAddress {
+				return refused(name, fmt.Sprintf("%s is the peer address of %s", peerAddress, nameOf(s.ID)))
 			}
 		}
-		if err := r.quorumOf(next, id); err != nil {
+		if err := r.quorumOf(voters(c.servers), name); err != nil {
 			return err
 		}
-		if suffrage == raft.Voter {
-			return r.raft.AddVoter(raft.ServerID(id), raft.ServerAddress(peerAddress), c.index, changeWithin).Error()
+		if found {
+			return r.moved(member, peerAddress, c.index)
 		}
-		return r.raft.AddNonvoter(raft.ServerID(id), raft.ServerAddress(peerAddress), c.index, changeWithin).Error()
+		node := end{raft.ServerID(id), peerAddress}
+		if id == name { // somebody speaks for the node: ask it who it is
+			var err error
+			if node.id, err = r.peers.whoIs(name, peerAddress); err != nil {
+				return refused(name, fmt.Sprintf("it does not answer at %s as a node that waits to be added: start it there with --join (%v)", peerAddress, err))
+			}
+		}
+		if err := r.knowsLevel(node); err != nil {
+			return err
+		}
+		return r.raft.AddNonvoter(node.id, raft.ServerAddress(peerAddress), c.index, changeWithin).Error()
 	})
+}
+
+// moved records another peer address of a member, which must have left the old
+// one: else two processes would speak for it.
+func (r *Replica) moved(member raft.Server, peerAddress string, prev uint64) error {
+	name := nameOf(member.ID)
+	if member.ID != r.self {
+		if _, err := r.about(endOf(member), time.Second); err == nil {
+			return refused(name, fmt.Sprintf("it answers at %s: stop it there first", member.Address))
+		}
+	}
+	if member.Suffrage == raft.Voter {
+		return r.raft.AddVoter(member.ID, raft.ServerAddress(peerAddress), prev, changeWithin).Error()
+	}
+	return r.raft.AddNonvoter(member.ID, raft.ServerAddress(peerAddress), prev, changeWithin).Error()
 }
 
 // PromoteMember gives a learner that has caught up its vote. Errors:
 // ErrNotLeader, *lease.MemberError.
 func (r *Replica) PromoteMember(id string) error {
 	return r.change(func() error {
-		s, ok := r.server(id)
+		c := r.configuration()
+		s, ok := named(c.servers, id)
 		switch {
 		case !ok:
 			return refused(id, "there is no such member; add it first")
 		case s.Suffrage == raft.Voter:
 			return nil
 		}
-		about, err := r.about(string(s.Address), time.Second)
+		about, err := r.about(endOf(s), time.Second)
 		if err != nil {
 			return refused(id, fmt.Sprintf("it does not answer at %s; promote it once it runs", s.Address))
 		}
-		if about.GetNodeId() != id {
-			return refused(id, fmt.Sprintf("at %s answers %s", s.Address, about.GetNodeId()))
-		}
-		if err := r.knowsLevel(id, string(s.Address)); err != nil {
+		if err := r.knowsLevel(endOf(s)); err != nil {
 			return err
 		}
 		if last := r.raft.LastIndex(); about.GetAppliedIndex()+caughtUp < last {
 			return refused(id, fmt.Sprintf("it is %d log entries behind; promote it once it has caught up", last-about.GetAppliedIndex()))
 		}
-		c := r.configuration()
 		if err := r.quorumOf(append(voters(c.servers), s), id); err != nil {
 			return err
 		}
@@ -145,7 +168,7 @@ func (r *Replica) quorumOf(next []raft.Server, id string) error {
 	var silent []string
 	for _, s := range next {
 		if _, ok := live[s.ID]; !ok {
-			silent = append(silent, string(s.ID))
+			silent = append(silent, nameOf(s.ID))
 		}
 	}
 	return refused(id, fmt.Sprintf("only %d of the %d voters that there would be answer and have caught up, and nothing could be granted: bring back or remove %s first",
@@ -161,7 +184,7 @@ func (r *Replica) live(servers []raft.Server) map[raft.ServerID]uint64 {
 	term, last := r.raft.CurrentTerm(), r.raft.LastIndex()
 	var group sync.WaitGroup
 	for _, s := range servers {
-		if string(s.ID) == r.nodeID {
+		if s.ID == r.self {
 			mu.Lock()
 			live[s.ID] = last
 			mu.Unlock()
@@ -170,8 +193,8 @@ func (r *Replica) live(servers []raft.Server) map[raft.ServerID]uint64 {
 		group.Add(1)
 		go func() {
 			defer group.Done()
-			about, err := r.about(string(s.Address), time.Second)
-			if err == nil && about.GetNodeId() == string(s.ID) && about.GetTerm() == term && about.GetLastIndex()+caughtUp >= last {
+			about, err := r.about(endOf(s), time.Second)
+			if err == nil && about.GetTerm() == term && about.GetLastIndex()+caughtUp >= last {
 				mu.Lock()
 				live[s.ID] = about.GetLastIndex()
 				mu.Unlock()
@@ -191,20 +214,20 @@ const caughtUp = 1000
 // ErrNotLeader, *lease.MemberError.
 func (r *Replica) RemoveMember(id string) error {
 	return r.change(func() error {
-		s, ok := r.server(id)
+		c := r.configuration()
+		s, ok := named(c.servers, id)
 		if !ok {
 			return nil
 		}
 		if s.Suffrage == raft.Voter && r.voters() == 1 {
 			return refused(id, "it is the only voter")
 		}
-		if id == r.nodeID {
+		if s.ID == r.self {
 			if _, err := r.transfer(""); err != nil {
 				return err
 			}
 			return r.notLeader()
 		}
-		c := r.configuration()
 		next := slices.DeleteFunc(voters(c.servers), func(v raft.Server) bool { return v.ID == s.ID })
 		if err := r.quorumOf(next, id); err != nil {
 			return err
@@ -223,8 +246,8 @@ func (r *Replica) TransferLeadership(id string) (leader string, err error) {
 	if r.raft.State() != raft.Leader {
 		return "", r.notLeader()
 	}
-	if id == r.nodeID {
-		return id, nil
+	if id == r.nodeID || id == string(r.self) {
+		return r.nodeID, nil
 	}
 	r.members.Lock()
 	defer r.members.Unlock()
@@ -234,12 +257,12 @@ func (r *Replica) TransferLeadership(id string) (leader string, err error) {
 // transfer hands over to a voter that answers and has caught up, and to no
 // other: raft would keep every change waiting for one that does not.
 func (r *Replica) transfer(id string) (string, error) {
-	others := slices.DeleteFunc(voters(r.configuration().servers), func(s raft.Server) bool { return string(s.ID) == r.nodeID })
+	others := slices.DeleteFunc(voters(r.configuration().servers), func(s raft.Server) bool { return s.ID == r.self })
 	if len(others) == 0 {
 		return "", refused("", "there is no other voter to lead")
 	}
 	if id != "" {
-		others = slices.DeleteFunc(others, func(s raft.Server) bool { return string(s.ID) != id })
+		others = slices.DeleteFunc(others, func(s raft.Server) bool { return string(s.ID) != id && nameOf(s.ID) != id })
 		if len(others) == 0 {
 			return "", refused(id, "there is no such voter")
 		}
@@ -264,15 +287,15 @@ func (r *Replica) transfer(id string) (string, error) {
 		if errors.Is(err, raft.ErrNotLeader) {
 			return "", r.notLeader()
 		}
-		return "", refused(string(to.ID), fmt.Sprintf("the leadership could not be handed over: %v", err))
+		return "", refused(nameOf(to.ID), fmt.Sprintf("the leadership could not be handed over: %v", err))
 	}
 	// Raft is done when the other has been told; wait until it leads.
 	ctx, cancel := context.WithTimeout(context.Background(), changeWithin)
 	defer cancel()
 	for {
 		news, l := r.heard(), r.known()
-		if l.id != "" && l.id != r.nodeID {
-			return l.id, nil
+		if l.id != "" && l.id != r.self {
+			return nameOf(l.id), nil
 		}
 		select {
 		case <-news:
@@ -312,15 +335,15 @@ func (r *Replica) change(fn func() error) error {
 // notLeader says where the leader is, if it is known.
 func (r *Replica) notLeader() error {
 	l := r.known()
-	if l.id == r.nodeID {
+	if l.id == r.self {
 		l.client = ""
 	}
 	return &lease.NotLeaderError{Hint: l.client}
 }
 
-func (r *Replica) server(id string) (raft.Server, bool) {
+func (r *Replica) server(id raft.ServerID) (raft.Server, bool) {
 	for _, s := range r.configuration().servers.Servers {
-		if string(s.ID) == id {
+		if s.ID == id {
 			return s, true
 		}
 	}
@@ -329,7 +352,7 @@ func (r *Replica) server(id string) (raft.Server, bool) {
 
 // Role is this node's own: voter, learner, or "" while it is no member.
 func (r *Replica) Role() string {
-	s, ok := r.server(r.nodeID)
+	s, ok := r.server(r.self)
 	switch {
 	case !ok:
 		return ""
@@ -337,12 +360,6 @@ func (r *Replica) Role() string {
 		return lease.RoleVoter
 	}
 	return lease.RoleLearner
-}
-
-// RecordedAddress is the peer address under which the others know this node.
-func (r *Replica) RecordedAddress() string {
-	s, _ := r.server(r.nodeID)
-	return string(s.Address)
 }
 
 // Joined records the cluster that has taken this node in.
@@ -358,8 +375,8 @@ func (r *Replica) Joined(cluster string) error {
 // one of them.
 func (r *Replica) askWhetherRemoved() {
 	for _, s := range r.configuration().servers.Servers {
-		if string(s.ID) != r.nodeID {
-			r.hearRemoval(r.peers.probe(string(s.Address), time.Second))
+		if s.ID != r.self {
+			r.hearRemoval(r.peers.probe(endOf(s), time.Second))
 		}
 	}
 }
@@ -373,46 +390,12 @@ func (r *Replica) hearRemoval(err error) {
 		return
 	}
 	latest := r.configuration()
-	_, ours := r.server(r.nodeID)
+	_, ours := r.server(r.self)
 	if len(latest.servers.Servers) == 0 || removed.index < latest.index || removed.index == latest.index && ours {
 		return
 	}
 	if err := r.saveIdentity(func(id *identity) { id.Removed = true }); err != nil {
 		r.logger.Warn("cannot record the removal", zap.Error(err))
 	}
-	r.fail(&RemovedError{NodeID: r.nodeID, ClusterID: r.ClusterID()})
-}
-
-// ForeignPeers asks the other members of cfg.InitialCluster whether they are
-// of this node's cluster, before anything is served. It fails when those that
-// answer all are of another.
-func (r *Replica) ForeignPeers() error {
-	if r.peers == nil || r.ClusterID() == "" {
-		return nil
-	}
-	var group sync.WaitGroup
-	answers := make(chan error, len(r.cfg.InitialCluster))
-	for id, address := range r.cfg.InitialCluster {
-		if id == r.nodeID {
-			continue
-		}
-		group.Add(1)
-		go func() {
-			defer group.Done()
-			answers <- r.peers.probe(address, time.Second)
-		}()
-	}
-	group.Wait()
-	close(answers)
-	var foreign *strangerError
-	for err := range answers {
-		if err == nil {
-			return nil
-		}
-		errors.As(err, &foreign)
-	}
-	if foreign != nil {
-		return fmt.Errorf("data directory %s is of cluster %s, but %w: start this node with its own cluster's addresses, or with an empty directory", r.dir, r.ClusterID(), foreign)
-	}
-	return nil
+	r.fail(excluded{&RemovedError{NodeID: r.nodeID, ClusterID: r.ClusterID()}})
 }

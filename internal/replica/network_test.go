@@ -16,6 +16,7 @@ type network struct {
 	cut     map[way]bool
 	ids     map[string]string // node by peer address
 	changed chan struct{}
+	dialed  func(from, address string) // before it connects; may be nil
 }
 
 // way is from one node to another.
@@ -54,8 +55,11 @@ func (n *network) state(w way) (bool, <-chan struct{}) {
 func (n *network) dialer(from string) func(context.Context, string) (net.Conn, error) {
 	return func(ctx context.Context, address string) (net.Conn, error) {
 		n.mu.Lock()
-		to := n.ids[address]
+		to, dialed := n.ids[address], n.dialed
 		n.mu.Unlock()
+		if dialed != nil {
+			dialed(from, address)
+		}
 		for {
 			there, changed := n.state(way{from, to})
 			back, _ := n.state(way{to, from})

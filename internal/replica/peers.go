@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -46,38 +47,66 @@ type peers struct {
 }
 
 type outward struct {
-	address string
-	kind    byte
+	to   end
+	kind byte
 }
+
+// end is a member and where it is reached: both ends of a connection know
+// whom they want.
+type end struct {
+	id      raft.ServerID
+	address string
+}
+
+func endOf(s raft.Server) end { return end{s.ID, string(s.Address)} }
 
 // What a connection is for.
 const (
-	kindRaft    = 'r'
-	kindPeer    = 'p'
-	kindForward = 'f'
-	kindProbe   = '?' // only to learn how the greeting is answered
+	kindRaft      = 'r'
+	kindPeer      = 'p'
+	kindForward   = 'f'
+	kindProbe     = '?' // only to learn how the greeting is answered
+	kindIntroduce = 'i' // to learn who is there, before anybody is a member
 )
 
 // The greeting: magic, kind, and a hello with its length before it. The answer
 // is a byte and, unless it is answerWelcome, a reply with its length.
 const (
 	greetingMagic  = "distlock peer 1\n"
-	maxHello       = 1 << 10
+	maxHello       = 1 << 12
 	greetWithin    = 3 * time.Second
-	answerWelcome  = 'w'
+	answerWelcome  = 'w' // of the builds before incarnations
+	answerMember   = 'W' // welcome, and who it is
 	answerStranger = 's' // of another cluster
 	answerRemoved  = 'x'
+	answerOther    = 'o' // not whom the caller looks for
+	answerStale    = 'd' // the caller has been started again since
 )
 
+// hello says who calls whom. Members go by their ServerIDs. The builds before
+// incarnations send the first two only, and read no more.
 type hello struct {
-	ClusterID string `json:"clusterId"` // empty when not known yet
-	NodeID    string `json:"nodeId"`
+	ClusterID string        `json:"clusterId"` // empty when not known yet
+	NodeID    raft.ServerID `json:"nodeId"`
+	To        raft.ServerID `json:"to,omitempty"`
+	start
+	// In an introduction: the members that a new cluster is to have, or the
+	// address under which the caller runs.
+	Members map[string]string `json:"members,omitempty"`
+	Address string            `json:"address,omitempty"`
 }
 
 type reply struct {
-	ClusterID string `json:"clusterId"`
-	NodeID    string `json:"nodeId"`
-	Index     uint64 `json:"index"` // of the configuration that has the caller not
+	ClusterID string        `json:"clusterId"`
+	NodeID    raft.ServerID `json:"nodeId"`
+	Index     uint64        `json:"index"` // of a configuration without the caller
+	start
+	// Of an introduction.
+	Members map[string]string `json:"members,omitempty"` // as a new cluster is to have them
+	History bool              `json:"history,omitempty"` // it has one
+	Known   raft.ServerID     `json:"known,omitempty"`   // who has the caller's name
+	At      string            `json:"at,omitempty"`      // and where
+	Leads   bool              `json:"leads,omitempty"`   // for certain
 }
 
 // strangerError says that the node at an address is of another cluster.
@@ -87,13 +116,22 @@ type strangerError struct {
 }
 
 func (e *strangerError) Error() string {
-	return fmt.Sprintf("node %s at %s is of cluster %s", e.reply.NodeID, e.address, e.reply.ClusterID)
+	return fmt.Sprintf("node %s at %s is of cluster %s", nameOf(e.reply.NodeID), e.address, e.reply.ClusterID)
 }
 
 // removedError says that a member knows a configuration without this node.
 type removedError struct{ index uint64 }
 
 func (e *removedError) Error() string { return "this node is not a member" }
+
+// otherError says that somebody else answers at a member's address.
+type otherError struct{ want end }
+
+func (e *otherError) Error() string {
+	return fmt.Sprintf("what answers at %s is not member %s, or has another data directory", e.want.address, nameOf(e.want.id))
+}
+
+var errLegacy = errors.New("a build from before incarnations answers")
 
 func listenPeers(r *Replica) (*peers, error) {
 	l, err := net.Listen("tcp", r.cfg.PeerListen)
@@ -246,24 +284,88 @@ func (p *peers) hear(conn net.Conn) (byte, net.Conn, bool) {
 	if err := readMessage(conn, &h); err != nil {
 		return 0, conn, false
 	}
-	ours := p.r.ClusterID()
-	if h.ClusterID != "" && ours != "" && h.ClusterID != ours {
-		p.r.logger.Warn("refused a node of another cluster", zap.String("node", h.NodeID), zap.String("cluster", h.ClusterID))
-		writeMessage(conn, []byte{answerStranger}, reply{ClusterID: ours, NodeID: p.r.nodeID})
+	kind := head[len(greetingMagic)]
+	if kind == kindIntroduce {
+		if a := p.introduced(h, conn); a != nil {
+			writeMessage(conn, []byte{answerMember}, a)
+		}
 		return 0, conn, false
 	}
-	if index, member := p.r.member(h.NodeID); !member {
-		writeMessage(conn, []byte{answerRemoved}, reply{ClusterID: ours, NodeID: p.r.nodeID, Index: index})
+	answer, a := p.judge(h, conn)
+	var err error
+	switch answer {
+	case 0:
 		return 0, conn, false
+	case answerWelcome:
+		_, err = conn.Write([]byte{answerWelcome})
+	default:
+		err = writeMessage(conn, []byte{answer}, a)
 	}
-	_, err := conn.Write([]byte{answerWelcome})
-	return head[len(greetingMagic)], conn, err == nil
+	return kind, conn, err == nil && (answer == answerWelcome || answer == answerMember)
+}
+
+// judge decides how a greeting is answered; 0 is with nothing.
+func (p *peers) judge(h hello, conn net.Conn) (answer byte, a reply) {
+	r := p.r
+	ours := r.ClusterID()
+	legacy := h.To == ""
+	switch {
+	case legacy && r.cfg.Store.Level() >= incarnationsLevel:
+		return 0, a // members have said who they want for long
+	case !legacy && h.To != r.self:
+		if nameOf(h.To) == r.nodeID {
+			r.logger.Warn("refused a member that looks for this node with another data directory", zap.String("node", nameOf(h.NodeID)), zap.String("cluster", h.ClusterID))
+		}
+		return answerOther, a
+	case h.ClusterID != "" && ours != "" && h.ClusterID != ours:
+		r.logger.Warn("refused a node of another cluster", zap.String("node", nameOf(h.NodeID)), zap.String("cluster", h.ClusterID))
+		return answerStranger, reply{ClusterID: ours, NodeID: r.self}
+	}
+	index, member := r.member(h.NodeID)
+	switch {
+	case !member:
+		return answerRemoved, reply{ClusterID: ours, NodeID: r.self, Index: index}
+	case !p.certified(h.NodeID, conn):
+		r.logger.Warn("refused a node whose certificate does not name its peer address", zap.String("node", nameOf(h.NodeID)))
+		return 0, a
+	case legacy:
+		return answerWelcome, a
+	}
+	var stale *staleError
+	switch err := r.starts.see(h.NodeID, h.start); {
+	case errors.As(err, &stale):
+		r.logger.Warn("refused an old start, or a copy, of a member", zap.Error(err))
+		return answerStale, reply{NodeID: r.self, start: start{Start: stale.last}}
+	case err != nil:
+		r.logger.Warn("cannot write down a member's start", zap.Error(err))
+		return 0, a
+	}
+	return answerMember, reply{ClusterID: ours, NodeID: r.self, start: r.start}
+}
+
+// certified tells whether a member's certificate names the host of its peer
+// address. Without TLS there is none, and whoever is not known yet has none.
+func (p *peers) certified(id raft.ServerID, conn net.Conn) bool {
+	secure, ok := conn.(*tls.Conn)
+	if !ok {
+		return true
+	}
+	address := p.r.cfg.InitialCluster[nameOf(id)]
+	if s, ok := p.r.server(id); ok {
+		address = string(s.Address)
+	}
+	if address == "" {
+		return true
+	}
+	host, _, err := net.SplitHostPort(address)
+	certs := secure.ConnectionState().PeerCertificates
+	return err == nil && len(certs) > 0 && certs[0].VerifyHostname(host) == nil
 }
 
 // member tells whether a node is in the configuration, latest or committed;
 // and if not, the index of the committed one. A node that knows no
 // configuration yet takes everybody for a member.
-func (r *Replica) member(id string) (uint64, bool) {
+func (r *Replica) member(id raft.ServerID) (uint64, bool) {
 	latest := r.configuration()
 	r.mu.Lock()
 	committed := r.committed
@@ -271,7 +373,7 @@ func (r *Replica) member(id string) (uint64, bool) {
 	return isMember(id, latest, committed, r.raft.CommitIndex())
 }
 
-func isMember(id string, latest, committed configuration, commitIndex uint64) (uint64, bool) {
+func isMember(id raft.ServerID, latest, committed configuration, commitIndex uint64) (uint64, bool) {
 	if committed.index < latest.index && latest.index <= commitIndex {
 		committed = latest
 	}
@@ -280,7 +382,7 @@ func isMember(id string, latest, committed configuration, commitIndex uint64) (u
 	}
 	for _, c := range []configuration{latest, committed} {
 		for _, s := range c.servers.Servers {
-			if string(s.ID) == id {
+			if s.ID == id {
 				return 0, true
 			}
 		}
@@ -313,9 +415,44 @@ func writeMessage(to io.Writer, before []byte, message any) error {
 	return err
 }
 
-// dial connects to the node at an address. Errors: *strangerError,
-// *removedError, the network's.
-func (p *peers) dial(ctx context.Context, address string, kind byte) (_ net.Conn, err error) {
+// dial connects to a member. Errors: *strangerError, *removedError,
+// *otherError, *CopyError (and this node stops), errLegacy, the network's.
+func (p *peers) dial(ctx context.Context, to end, kind byte) (_ net.Conn, err error) {
+	conn, answer, a, err := p.greet(ctx, to.address, kind, hello{ClusterID: p.r.ClusterID(), NodeID: p.r.self, To: to.id, start: p.r.start})
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case answer == answerWelcome:
+		if p.r.cfg.Store.Level() >= incarnationsLevel {
+			err = errLegacy
+		}
+	case answer == answerStranger:
+		err = &strangerError{to.address, a}
+	case a.NodeID != to.id: // what it says of this node is not a member's word
+		err = &otherError{to}
+	case answer == answerMember:
+		err = p.r.starts.see(to.id, a.start)
+	case answer == answerRemoved:
+		err = &removedError{a.Index}
+	case answer == answerStale:
+		err = &CopyError{NodeID: p.r.nodeID, This: p.r.start.Start, Last: a.Start}
+		p.r.fail(excluded{err})
+	default:
+		err = fmt.Errorf("%s answers what this build does not know", to.address)
+	}
+	if err == nil {
+		err = conn.SetDeadline(time.Time{})
+	}
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return conn, nil
+}
+
+// greet connects to an address, says hello, and returns the answer.
+func (p *peers) greet(ctx context.Context, address string, kind byte, h hello) (_ net.Conn, answer byte, a reply, err error) {
 	connect := p.r.cfg.dial
 	if connect == nil {
 		connect = func(ctx context.Context, address string) (net.Conn, error) {
@@ -324,7 +461,7 @@ func (p *peers) dial(ctx context.Context, address string, kind byte) (_ net.Conn
 	}
 	conn, err := connect(ctx, address)
 	if err != nil {
-		return nil, err
+		return nil, 0, a, err
 	}
 	defer func() {
 		if err != nil {
@@ -339,44 +476,39 @@ func (p *peers) dial(ctx context.Context, address string, kind byte) (_ net.Conn
 	if p.r.cfg.PeerTLS != nil {
 		cfg := p.r.cfg.PeerTLS.Clone()
 		if cfg.ServerName, _, err = net.SplitHostPort(address); err != nil {
-			return nil, err
+			return nil, 0, a, err
 		}
 		conn = tls.Client(conn, cfg)
 	}
-	if err := writeMessage(conn, append([]byte(greetingMagic), kind), hello{p.r.ClusterID(), p.r.nodeID}); err != nil {
-		return nil, err
+	if err := writeMessage(conn, append([]byte(greetingMagic), kind), h); err != nil {
+		return nil, 0, a, err
 	}
-	var answer [1]byte
-	if _, err := io.ReadFull(conn, answer[:]); err != nil {
-		return nil, fmt.Errorf("%s did not answer as a member does: %w", address, err)
+	var first [1]byte
+	if _, err := io.ReadFull(conn, first[:]); err != nil {
+		return nil, 0, a, fmt.Errorf("%s did not answer as a member does: %w", address, err)
 	}
-	if answer[0] == answerWelcome {
-		return conn, conn.SetDeadline(time.Time{})
+	if first[0] != answerWelcome {
+		if err := readMessage(conn, &a); err != nil {
+			return nil, 0, a, err
+		}
 	}
-	var a reply
-	if err := readMessage(conn, &a); err != nil {
-		return nil, err
-	}
-	if answer[0] == answerRemoved {
-		return nil, &removedError{a.Index}
-	}
-	return nil, &strangerError{address, a}
+	return conn, first[0], a, nil
 }
 
 // conn returns the connection to a member, made on first use.
-func (p *peers) conn(address string, kind byte) (*grpc.ClientConn, error) {
+func (p *peers) conn(to end, kind byte) (*grpc.ClientConn, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
 		return nil, net.ErrClosed
 	}
-	key := outward{address, kind}
+	key := outward{to, kind}
 	if c := p.outward[key]; c != nil {
 		return c, nil
 	}
-	c, err := grpc.NewClient("passthrough:///"+address,
+	c, err := grpc.NewClient("passthrough:///"+to.address,
 		grpc.WithTransportCredentials(insecure.NewCredentials()), // TLS, if any, is in dial
-		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) { return p.dial(ctx, address, kind) }),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return p.dial(ctx, to, kind) }),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 250 * time.Millisecond},
 			MinConnectTimeout: time.Second,
@@ -391,11 +523,11 @@ func (p *peers) conn(address string, kind byte) (*grpc.ClientConn, error) {
 	return c, nil
 }
 
-// probe learns how the node at an address answers; nil is a welcome.
-func (p *peers) probe(address string, within time.Duration) error {
+// probe learns how a member answers; nil is a welcome.
+func (p *peers) probe(to end, within time.Duration) error {
 	ctx, cancel := context.WithTimeout(p.ctx, within)
 	defer cancel()
-	conn, err := p.dial(ctx, address, kindProbe)
+	conn, err := p.dial(ctx, to, kindProbe)
 	if err == nil {
 		conn.Close()
 	}
@@ -479,10 +611,10 @@ func (s streams) Close() error              { return s.p.raft.Close() }
 func (s streams) Addr() net.Addr            { return address(s.p.r.cfg.PeerAddress) }
 
 // Dial implements raft.StreamLayer.
-func (s streams) Dial(address raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
+func (s streams) Dial(target raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(s.p.ctx, timeout)
 	defer cancel()
-	conn, err := s.p.dial(ctx, string(address), kindRaft)
+	conn, err := s.p.dial(ctx, untarget(target), kindRaft)
 	var removed *removedError
 	if errors.As(err, &removed) {
 		select {
@@ -491,6 +623,18 @@ func (s streams) Dial(address raft.ServerAddress, timeout time.Duration) (net.Co
 		}
 	}
 	return conn, err
+}
+
+// target is an address as raft's transport gets it from ours: with the id of
+// whom it is to reach, which raft's StreamLayer is not told, so that its pools
+// are by id as well.
+func target(id raft.ServerID, address raft.ServerAddress) raft.ServerAddress {
+	return raft.ServerAddress(string(id) + "\n" + string(address))
+}
+
+func untarget(t raft.ServerAddress) end {
+	id, address, _ := strings.Cut(string(t), "\n")
+	return end{raft.ServerID(id), address}
 }
 
 // address is a net.Addr as it is written.
@@ -519,7 +663,7 @@ var (
 )
 
 // AppendEntries implements raft.Transport.
-func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
+func (t *transport) AppendEntries(id raft.ServerID, address raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
 	if t.r.stalled.Load() {
 		return errStalled
 	}
@@ -528,7 +672,7 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 			return err
 		}
 	}
-	err := t.NetworkTransport.AppendEntries(id, target, args, resp)
+	err := t.NetworkTransport.AppendEntries(id, target(id, address), args, resp)
 	t.heard(id, err)
 	return err
 }
@@ -540,21 +684,21 @@ func heartbeat(args *raft.AppendEntriesRequest) bool {
 }
 
 // InstallSnapshot implements raft.Transport.
-func (t *transport) InstallSnapshot(id raft.ServerID, target raft.ServerAddress, args *raft.InstallSnapshotRequest, resp *raft.InstallSnapshotResponse, data io.Reader) error {
+func (t *transport) InstallSnapshot(id raft.ServerID, address raft.ServerAddress, args *raft.InstallSnapshotRequest, resp *raft.InstallSnapshotResponse, data io.Reader) error {
 	if err := t.await(id, args.Term); err != nil {
 		return err
 	}
-	err := t.NetworkTransport.InstallSnapshot(id, target, args, resp, data)
+	err := t.NetworkTransport.InstallSnapshot(id, target(id, address), args, resp, data)
 	t.heard(id, err)
 	return err
 }
 
 // TimeoutNow implements raft.Transport. Raft takes no changes until it is
 // answered, and waits for as long as it takes.
-func (t *transport) TimeoutNow(id raft.ServerID, target raft.ServerAddress, args *raft.TimeoutNowRequest, resp *raft.TimeoutNowResponse) error {
+func (t *transport) TimeoutNow(id raft.ServerID, address raft.ServerAddress, args *raft.TimeoutNowRequest, resp *raft.TimeoutNowResponse) error {
 	answered := make(chan error, 1)
 	own := new(raft.TimeoutNowResponse) // resp is raft's once this returns
-	if !t.r.peers.start(func() { answered <- t.NetworkTransport.TimeoutNow(id, target, args, own) }) {
+	if !t.r.peers.start(func() { answered <- t.NetworkTransport.TimeoutNow(id, target(id, address), args, own) }) {
 		return net.ErrClosed
 	}
 	select {
@@ -564,6 +708,16 @@ func (t *transport) TimeoutNow(id raft.ServerID, target raft.ServerAddress, args
 	case <-time.After(t.r.cfg.ElectionTimeout):
 		return fmt.Errorf("%s does not answer", id)
 	}
+}
+
+// RequestVote implements raft.Transport.
+func (t *transport) RequestVote(id raft.ServerID, address raft.ServerAddress, args *raft.RequestVoteRequest, resp *raft.RequestVoteResponse) error {
+	return t.NetworkTransport.RequestVote(id, target(id, address), args, resp)
+}
+
+// RequestPreVote implements raft.WithPreVote.
+func (t *transport) RequestPreVote(id raft.ServerID, address raft.ServerAddress, args *raft.RequestPreVoteRequest, resp *raft.RequestPreVoteResponse) error {
+	return t.NetworkTransport.RequestPreVote(id, target(id, address), args, resp)
 }
 
 func (t *transport) silentUntil(id raft.ServerID) <-chan struct{} {
@@ -593,7 +747,7 @@ func (t *transport) await(id raft.ServerID, term uint64) error {
 			default:
 				continue
 			}
-			_, member := t.r.server(string(id))
+			_, member := t.r.server(id)
 			if !member || t.r.raft.State() != raft.Leader || t.r.raft.CurrentTerm() != term {
 				return errNotWanted
 			}
@@ -618,15 +772,15 @@ func (t *transport) heard(id raft.ServerID, err error) {
 	t.mu.Unlock()
 	switch {
 	case err != nil && !was:
-		t.r.logger.Warn("a member does not answer", zap.String("node", string(id)), zap.Error(err))
+		t.r.logger.Warn("a member does not answer", zap.String("node", nameOf(id)), zap.Error(err))
 	case err == nil && was:
-		t.r.logger.Info("a member answers again", zap.String("node", string(id)))
+		t.r.logger.Info("a member answers again", zap.String("node", nameOf(id)))
 	}
 }
 
 // AppendEntriesPipeline implements raft.Transport.
-func (t *transport) AppendEntriesPipeline(id raft.ServerID, target raft.ServerAddress) (raft.AppendPipeline, error) {
-	p, err := t.NetworkTransport.AppendEntriesPipeline(id, target)
+func (t *transport) AppendEntriesPipeline(id raft.ServerID, address raft.ServerAddress) (raft.AppendPipeline, error) {
+	p, err := t.NetworkTransport.AppendEntriesPipeline(id, target(id, address))
 	if err != nil {
 		return nil, err
 	}
@@ -661,7 +815,7 @@ func (s *peerService) Term(context.Context, *peerpb.TermRequest) (*peerpb.TermRe
 func (s *peerService) About(context.Context, *peerpb.AboutRequest) (*peerpb.AboutResponse, error) {
 	r := s.r
 	return &peerpb.AboutResponse{
-		NodeId: r.nodeID, ClientAddress: r.cfg.ClientAddress, Version: r.cfg.Version, AppliedIndex: r.raft.AppliedIndex(),
+		NodeId: string(r.self), ClientAddress: r.cfg.ClientAddress, Version: r.cfg.Version, AppliedIndex: r.raft.AppliedIndex(),
 		LastIndex: r.raft.LastIndex(), Term: r.raft.CurrentTerm(), Leader: r.known().serving, Level: uint32(r.newest),
 	}, nil
 }

@@ -3,6 +3,7 @@ package replica
 import (
 	"errors"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -42,6 +43,41 @@ func TestNoChangeWithoutAQuorumAfterIt(t *testing.T) {
 	c.same(l)
 }
 
+// A change is for the members that it was decided upon: when those have changed
+// meanwhile it is refused, and nothing is changed.
+func TestAChangeOfOtherMembers(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	l := c.leader()
+	other := raft.Server{ID: serverID("n8", newIncarnation()), Address: raft.ServerAddress(freeAddress(t))}
+	at := freeAddress(t)
+	once := sync.OnceFunc(func() {
+		if err := l.raft.AddNonvoter(other.ID, other.Address, 0, 0).Error(); err != nil {
+			t.Error(err)
+		}
+	})
+	c.net.mu.Lock()
+	c.net.dialed = func(from, to string) {
+		if from == l.nodeID && to == at {
+			once()
+		}
+	}
+	c.net.mu.Unlock()
+	fresh := c.start(Config{NodeID: "n9", PeerAddress: at, Join: true})
+	var refusal *lease.MemberError
+	if _, err := l.AddMember("n9", at, ""); !errors.As(err, &refusal) || !strings.Contains(err.Error(), "changed meanwhile") {
+		t.Fatalf("added to members that it was not meant for: %v", err)
+	}
+	if _, member := l.server(fresh.self); member {
+		t.Error("n9 is a member")
+	}
+	if err := l.RemoveMember("n8"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.AddMember("n9", at, ""); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // A transfer to a member that does not answer is refused at once, as often as
 // it is tried, and holds up no grant.
 func TestATransferToASilentMember(t *testing.T) {
@@ -50,7 +86,7 @@ func TestATransferToASilentMember(t *testing.T) {
 	ids := c.others(l)
 	silent, live := ids[0], ids[1]
 	c.net.set(true, both(silent, l.nodeID, live)...)
-	eventually(t, silent+" is silent", func() bool { return l.peers.silent(raft.ServerID(silent)) })
+	eventually(t, silent+" is silent", func() bool { return l.peers.silent(c.nodes[silent].self) })
 	for i := range 3 {
 		var refusal *lease.MemberError
 		if _, err := l.TransferLeadership(silent); !errors.As(err, &refusal) || refusal.ID != silent {
@@ -104,11 +140,12 @@ func TestWhatWaitsForASilentMemberEnds(t *testing.T) {
 	l := c.leader()
 	term := l.raft.CurrentTerm()
 	id := c.others(l)[0]
+	self := c.nodes[id].self
 	awaits := func(n *node, term uint64) error {
 		reach := n.peers.reach
-		reach.heard(raft.ServerID(id), errors.New("it does not answer"))
+		reach.heard(self, errors.New("it does not answer"))
 		done := make(chan error, 1)
-		go func() { done <- reach.await(raft.ServerID(id), term) }()
+		go func() { done <- reach.await(self, term) }()
 		select {
 		case err := <-done:
 			return err
@@ -125,12 +162,12 @@ func TestWhatWaitsForASilentMemberEnds(t *testing.T) {
 		t.Error("of a node that does not lead it waited for a heartbeat that nobody sends")
 	}
 	c.net.set(true, both(id, l.nodeID)...)
-	eventually(t, id+" is silent", func() bool { return l.peers.silent(raft.ServerID(id)) })
+	eventually(t, id+" is silent", func() bool { return l.peers.silent(self) })
 	if err := awaits(l, term-1); !errors.Is(err, errNotWanted) {
 		t.Errorf("of an old term: %v", err)
 	}
 	done := make(chan error, 1)
-	go func() { done <- l.peers.reach.await(raft.ServerID(id), l.raft.CurrentTerm()) }()
+	go func() { done <- l.peers.reach.await(self, l.raft.CurrentTerm()) }()
 	c.stop(l)
 	if err := <-done; err == nil {
 		t.Error("its node ended, and it was told that the member answers")

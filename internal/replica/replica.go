@@ -9,11 +9,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"net"
 	"os"
 	"path/filepath"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -43,6 +41,13 @@ func (e *CorruptError) Error() string {
 
 // Unwrap returns what is wrong with the file.
 func (e *CorruptError) Unwrap() error { return e.Err }
+
+// excluded is why this node must stop though nothing is wrong with its log: the
+// error says by itself what is.
+type excluded struct{ error }
+
+func (e excluded) Unwrap() error        { return e.error }
+func (e excluded) Is(target error) bool { return target == lease.ErrLogFailed }
 
 // RemovedError says that the node is no longer a member of its cluster.
 type RemovedError struct{ NodeID, ClusterID string }
@@ -124,7 +129,10 @@ const (
 type Replica struct {
 	cfg        Config
 	dir        string
-	nodeID     string
+	nodeID     string        // this node's name
+	self       raft.ServerID // its name and incarnation
+	start      start         // this one, of its starts
+	starts     *starts       // of the others; nil without a peer port
 	logger     *zap.Logger
 	lock       *os.File
 	disk       *disk
@@ -159,7 +167,7 @@ type Replica struct {
 
 // leader is who leads, as one node knows it.
 type leader struct {
-	id      string
+	id      raft.ServerID
 	address string // peer address
 	client  string // client address, once known
 	serving bool   // it is this node, and its manager has been told
@@ -174,7 +182,12 @@ type inFlight struct {
 type identity struct {
 	ClusterID string `json:"clusterId"` // empty until it is known
 	NodeID    string `json:"nodeId"`
-	Removed   bool   `json:"removed,omitempty"` // from the cluster
+	// Incarnation is the directory's; "" in those of the first builds.
+	Incarnation string `json:"incarnation,omitempty"`
+	Starts      uint64 `json:"starts,omitempty"` // with a peer port
+	// Begun says that the directory has had a history: without one it has lost it.
+	Begun   bool `json:"begun,omitempty"`
+	Removed bool `json:"removed,omitempty"` // from the cluster
 }
 
 // Open opens or makes the log in cfg.Dir and starts its goroutines; Close ends
@@ -237,6 +250,13 @@ func Open(cfg Config) (_ *Replica, err error) {
 		}
 	}()
 	if cfg.PeerAddress != "" {
+		if r.starts, err = openStarts(cfg.Dir); err != nil {
+			return nil, err
+		}
+		r.start.Nonce = newIncarnation()
+		if err := r.saveIdentity(func(id *identity) { id.Starts++; r.start.Start = id.Starts }); err != nil {
+			return nil, fmt.Errorf("data directory %s: cannot be written: %w", cfg.Dir, cause(err))
+		}
 		if r.peers, err = listenPeers(r); err != nil {
 			return nil, err
 		}
@@ -302,6 +322,7 @@ func (r *Replica) identify() error {
 			return &CorruptError{File: file, Err: machine.ErrCorrupt}
 		}
 		r.nodeID = r.id.NodeID
+		r.self = serverID(r.nodeID, r.id.Incarnation)
 		switch {
 		case r.id.Removed:
 			return &RemovedError{NodeID: r.nodeID, ClusterID: r.id.ClusterID}
@@ -318,12 +339,16 @@ func (r *Replica) identify() error {
 		return &CorruptError{File: file, Err: os.ErrNotExist}
 	}
 	r.nodeID = orDefault(r.cfg.NodeID, "n1")
+	if err := checkName(r.nodeID); err != nil {
+		return err
+	}
 	if r.cfg.InitialCluster != nil && r.cfg.InitialCluster[r.nodeID] == "" {
 		return fmt.Errorf("the initial cluster does not name this node, %s", r.nodeID)
 	}
-	if err := r.saveIdentity(func(id *identity) { id.NodeID = r.nodeID }); err != nil {
+	if err := r.saveIdentity(func(id *identity) { id.NodeID, id.Incarnation = r.nodeID, newIncarnation() }); err != nil {
 		return fmt.Errorf("data directory %s: cannot be written: %w", r.dir, cause(err))
 	}
+	r.self = serverID(r.nodeID, r.id.Incarnation)
 	return nil
 }
 
@@ -373,7 +398,7 @@ func writeFile(file string, text []byte) error {
 func (r *Replica) startRaft() error {
 	cfg := r.cfg
 	config := raft.DefaultConfig()
-	config.LocalID = raft.ServerID(r.nodeID)
+	config.LocalID = r.self
 	timeout := cfg.ElectionTimeout
 	if r.peers == nil {
 		timeout = loneElectionTimeout
@@ -391,7 +416,7 @@ func (r *Replica) startRaft() error {
 	address := raft.ServerAddress(cfg.PeerAddress)
 	if r.peers == nil {
 		var itself *raft.InmemTransport
-		address, itself = raft.NewInmemTransport(raft.ServerAddress(r.nodeID))
+		address, itself = raft.NewInmemTransport(raft.ServerAddress(r.self))
 		itself.Connect(address, itself)
 		transport = itself
 	} else {
@@ -400,29 +425,43 @@ func (r *Replica) startRaft() error {
 	if err := r.forgetHalfBegun(); err != nil {
 		return &CorruptError{File: r.dir, Err: err}
 	}
+	if r.peers != nil {
+		if err := r.confirmAddress(); err != nil {
+			return err
+		}
+	}
 	existing, err := raft.HasExistingState(r.disk, r.disk, r.disk.snapshots)
 	if err != nil {
 		return &CorruptError{File: r.dir, Err: err}
 	}
+	if !existing && r.begun() {
+		return &CorruptError{File: filepath.Join(r.dir, metaFile), Err: errors.New("the log is gone")}
+	}
+	fixed := len(cfg.InitialCluster) > 1 && r.peers != nil
 	if !existing && !cfg.Join {
 		if id := r.ClusterID(); id != "" { // two histories would go by one name
 			return fmt.Errorf("data directory %s is of a node that cluster %s took in and that has nothing of its log yet: start it with --join", r.dir, id)
 		}
+	}
+	if !existing && !cfg.Join && !fixed {
 		servers := raft.Configuration{Servers: []raft.Server{{ID: config.LocalID, Address: address}}}
-		if cfg.InitialCluster != nil {
-			servers.Servers = nil
-			for _, id := range slices.Sorted(maps.Keys(cfg.InitialCluster)) {
-				servers.Servers = append(servers.Servers, raft.Server{ID: raft.ServerID(id), Address: raft.ServerAddress(cfg.InitialCluster[id])})
-			}
-		}
 		// The log itself keeps the term: it returns its errors, while disk's
 		// SetUint64 ends raft's goroutine, which is not running yet.
 		if err := raft.BootstrapCluster(config, r.disk, r.disk.wal, r.disk.snapshots, transport, servers); err != nil {
 			return fmt.Errorf("data directory %s: %w", r.dir, cause(err))
 		}
 	}
-	if r.raft, err = raft.NewRaft(config, r.fsm, r.disk, r.disk, r.disk.snapshots, transport); err != nil {
-		return &CorruptError{File: r.dir, Err: err}
+	r.raft, err = raft.NewRaft(config, r.fsm, r.disk, r.disk, r.disk.snapshots, transport)
+	// Raft goes on with an older snapshot, which the log may not continue.
+	if err == nil && r.fsm.unread != nil {
+		r.raft.Shutdown().Error()
+	}
+	var level *LevelError
+	switch unread := r.fsm.unread; {
+	case errors.Is(unread, machine.ErrUnknownCommand), errors.As(unread, &level):
+		return fmt.Errorf("data directory %s is of a newer version: %w", r.dir, unread)
+	case err != nil, unread != nil:
+		return &CorruptError{File: r.dir, Err: errors.Join(err, unread)}
 	}
 	close(r.started)
 	if n := len(r.configuration().servers.Servers); n > 1 && r.peers == nil {
@@ -431,6 +470,10 @@ func (r *Replica) startRaft() error {
 	}
 	if r.peers != nil {
 		r.peers.serve()
+		if !existing && fixed && !cfg.Join {
+			r.group.Add(1)
+			go r.found()
+		}
 		return nil
 	}
 	// Should it not be heard, the timeout comes to the same.
@@ -465,12 +508,23 @@ func (r *Replica) configuration() configuration { return r.disk.configs.latest()
 // NodeID names this member.
 func (r *Replica) NodeID() string { return r.nodeID }
 
+// MemberID is this member's name with its data directory's incarnation, by
+// which the members know each other.
+func (r *Replica) MemberID() string { return string(r.self) }
+
 // ClusterID names the cluster; "" until a new one has been led for the first
 // time. It is made at random.
 func (r *Replica) ClusterID() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.id.ClusterID
+}
+
+// begun reports whether this directory has had a history.
+func (r *Replica) begun() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.id.Begun
 }
 
 // Restored says which backup this history began with; nil for none.
@@ -520,7 +574,10 @@ func result(future raft.ApplyFuture) (machine.Outcome, error) {
 }
 
 // compact takes a snapshot when much has been written since the last. Raft
-// does so by the number of entries, which says little of their size.
+// does so by the number of entries, which says little of their size. When the
+// level has risen, as many are taken as are kept: an older build stops when it
+// can read none, while it would read the log only as far as the members tell
+// it, which do not speak to it.
 func (r *Replica) compact() {
 	defer r.group.Done()
 	every := time.NewTicker(time.Second)
@@ -531,12 +588,20 @@ func (r *Replica) compact() {
 		case <-r.closing:
 			return
 		}
-		if r.disk.written.Load() < r.cfg.SnapshotBytes {
-			continue
+		due, rose := 0, r.fsm.rose.Swap(false) && r.voters() > 1
+		switch {
+		case rose:
+			due = keep
+		case r.disk.written.Load() >= r.cfg.SnapshotBytes:
+			due = 1
 		}
-		r.disk.written.Store(0)
-		if err := r.raft.Snapshot().Error(); err != nil && !errors.Is(err, raft.ErrNothingNewToSnapshot) {
-			r.logger.Debug("no snapshot was taken", zap.Error(err))
+		for range due {
+			r.disk.written.Store(0)
+			if err := r.raft.Snapshot().Error(); err != nil && !errors.Is(err, raft.ErrNothingNewToSnapshot) {
+				r.logger.Debug("no snapshot was taken", zap.Error(err))
+				r.fsm.rose.Store(rose)
+				break
+			}
 		}
 	}
 }

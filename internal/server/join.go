@@ -19,9 +19,8 @@ import (
 const betweenJoins = 200 * time.Millisecond
 
 // join makes this node the member that its flags say: it has itself added as
-// a learner, asks for its vote once it has caught up, and tells its new peer
-// address when that has changed. It ends once all is so, or with ctx; it fails
-// when the cluster says no for good.
+// a learner, and asks for its vote once it has caught up. It ends once all is
+// so, or with ctx; it fails when the cluster says no for good.
 func (s *Server) join(ctx context.Context) error {
 	said, added := "", false
 	say := func(what string, err error) {
@@ -43,18 +42,9 @@ func (s *Server) join(ctx context.Context) error {
 				say("cannot join yet: ", fmt.Errorf("%s: %s", s.cfg.Join, status.Convert(err).Message()))
 			}
 		case role == "":
-		case s.replica.RecordedAddress() != s.cfg.PeerAddress:
-			if err := s.askLeader(ctx, func(c pb.ClusterServiceClient) error {
-				_, err := c.AddMember(ctx, &pb.AddMemberRequest{
-					Id: s.replica.NodeID(), PeerAddress: s.cfg.PeerAddress, ClusterId: s.replica.ClusterID(),
-				})
-				return err
-			}); err != nil {
-				say("the new peer address is not known yet: ", err)
-			}
 		case role == lease.RoleLearner && s.cfg.Join != "" && !s.cfg.Learner:
 			if err := s.askLeader(ctx, func(c pb.ClusterServiceClient) error {
-				_, err := c.PromoteMember(ctx, &pb.PromoteMemberRequest{Id: s.replica.NodeID()})
+				_, err := c.PromoteMember(ctx, &pb.PromoteMemberRequest{Id: s.replica.MemberID()})
 				return err
 			}); err == nil {
 				s.cfg.Logger.Info("joined as a voter", zap.String("cluster", s.replica.ClusterID()))
@@ -80,7 +70,7 @@ func (s *Server) askToJoin(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	resp, err := pb.NewClusterServiceClient(conn).AddMember(ctx, &pb.AddMemberRequest{
-		Id: s.replica.NodeID(), PeerAddress: s.cfg.PeerAddress, ClusterId: s.replica.ClusterID(),
+		Id: s.replica.MemberID(), PeerAddress: s.cfg.PeerAddress, ClusterId: s.replica.ClusterID(),
 	})
 	if err != nil {
 		return err

@@ -12,7 +12,9 @@ const (
 	// At level 2 came AbandonAll, EndWait, Release.Request, request ids under a
 	// lease that are not sequence numbers, losses counted, and bounds on what
 	// one lease remembers and one search for a deadlock looks at.
-	NewestLevel Level = 2
+	//
+	// At level 3 the machine is as at 2. Every member has an incarnation.
+	NewestLevel Level = 3
 )
 
 // Level is what the machine is at.

@@ -712,8 +712,10 @@ const (
 // Any member answers; changes are made by the leader.
 type ClusterServiceClient interface {
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error)
-	// AddMember adds a learner, which gets the log and has no vote, or changes
-	// the peer address of a member. It may be repeated.
+	// AddMember adds a learner, which gets the log and has no vote, or records
+	// that a member has moved to another peer address. It is refused while a
+	// member of that name has another data directory, or answers at its old
+	// address. It may be repeated.
 	AddMember(ctx context.Context, in *AddMemberRequest, opts ...grpc.CallOption) (*AddMemberResponse, error)
 	// PromoteMember gives a learner that has caught up its vote. It may be
 	// repeated.
@@ -813,8 +815,10 @@ type ClusterService_BackupClient = grpc.ServerStreamingClient[BackupResponse]
 // Any member answers; changes are made by the leader.
 type ClusterServiceServer interface {
 	Status(context.Context, *StatusRequest) (*StatusResponse, error)
-	// AddMember adds a learner, which gets the log and has no vote, or changes
-	// the peer address of a member. It may be repeated.
+	// AddMember adds a learner, which gets the log and has no vote, or records
+	// that a member has moved to another peer address. It is refused while a
+	// member of that name has another data directory, or answers at its old
+	// address. It may be repeated.
 	AddMember(context.Context, *AddMemberRequest) (*AddMemberResponse, error)
 	// PromoteMember gives a learner that has caught up its vote. It may be
 	// repeated.

@@ -1,0 +1,222 @@
+package replica
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"go.uber.org/zap"
+)
+
+// Introductions: what nodes ask each other before they are members of anything,
+// or are not certain that they still are. A stranger is told nothing.
+
+// introduced answers an introduction; nil is with nothing.
+func (p *peers) introduced(h hello, conn net.Conn) *reply {
+	r := p.r
+	c := r.configuration()
+	name := nameOf(h.NodeID)
+	if !p.certified(h.NodeID, conn) {
+		return nil
+	}
+	known, found := named(c.servers, name)
+	switch {
+	case len(c.servers.Servers) > 0:
+		if !found && h.Members[r.nodeID] != r.cfg.PeerAddress {
+			return nil // it knows nobody here, and nobody knows it
+		}
+		a := &reply{ClusterID: r.ClusterID(), NodeID: r.self, History: true}
+		if !found {
+			return a
+		}
+		a.Known, a.At = known.ID, string(known.Address)
+		if h.Address != "" && r.known().serving {
+			sure := make(chan error, 1)
+			r.Confirm(r.raft.CurrentTerm(), func(err error) { sure <- err })
+			a.Leads = <-sure == nil
+		}
+		return a
+	case r.cfg.Join:
+		return &reply{NodeID: r.self} // it waits to be added
+	case h.Members == nil || r.cfg.InitialCluster[name] == "" && h.Members[r.nodeID] != r.cfg.PeerAddress:
+		return nil
+	}
+	if !maps.Equal(h.Members, r.cfg.InitialCluster) {
+		r.fail(excluded{&ListError{NodeID: r.nodeID, Ours: addresses(r.cfg.InitialCluster), Other: name, Theirs: addresses(h.Members)}})
+	}
+	return &reply{NodeID: r.self, Members: r.cfg.InitialCluster}
+}
+
+// introduce asks who is at an address.
+func (p *peers) introduce(address string, h hello) (a reply, err error) {
+	ctx, cancel := context.WithTimeout(p.ctx, time.Second)
+	defer cancel()
+	h.NodeID = p.r.self
+	conn, answer, a, err := p.greet(ctx, address, kindIntroduce, h)
+	if err != nil {
+		return a, err
+	}
+	conn.Close()
+	if answer != answerMember {
+		return a, errLegacy
+	}
+	return a, nil
+}
+
+// whoIs asks a node that waits to be added for its id. One of a build before
+// incarnations has none but its name.
+func (p *peers) whoIs(name, address string) (raft.ServerID, error) {
+	a, err := p.introduce(address, hello{})
+	switch {
+	case errors.Is(err, errLegacy) && p.r.cfg.Store.Level() < incarnationsLevel:
+		return raft.ServerID(name), nil
+	case err != nil:
+		return "", err
+	case a.History:
+		return "", fmt.Errorf("it is of cluster %s", a.ClusterID)
+	case nameOf(a.NodeID) != name:
+		return "", fmt.Errorf("there is node %s", nameOf(a.NodeID))
+	}
+	return a.NodeID, nil
+}
+
+// betweenIntroductions is how long a node waits before it asks again.
+const betweenIntroductions = 100 * time.Millisecond
+
+// found begins a new cluster, with the nodes of cfg.InitialCluster. The one with
+// the smallest name writes the first entry of the log, once all of them have
+// answered with the same list and without a history: of a majority one could be
+// a member that has lost its disk, and an empty cluster be formed beside one
+// that has granted locks. The others are given that entry. It ends once this
+// node has it, or with the node.
+func (r *Replica) found() {
+	defer r.group.Done()
+	list := r.cfg.InitialCluster
+	names := slices.Sorted(maps.Keys(list))
+	began := time.Now() // of the process, for what it tells an operator
+	said := false
+	for len(r.configuration().servers.Servers) == 0 {
+		ids, missing, err := r.meet(names)
+		if err != nil {
+			r.fail(excluded{err})
+			return
+		}
+		if len(missing) == 0 && names[0] == r.nodeID {
+			var first raft.Configuration
+			for _, name := range names {
+				first.Servers = append(first.Servers, raft.Server{ID: ids[name], Address: raft.ServerAddress(list[name])})
+			}
+			if err := r.raft.BootstrapCluster(first).Error(); err != nil && !errors.Is(err, raft.ErrCantBootstrap) {
+				r.fail(fmt.Errorf("data directory %s: %w", r.dir, cause(err)))
+				return
+			}
+		}
+		if len(missing) > 0 && !said && time.Since(began) > 2*time.Second {
+			said = true
+			r.logger.Info("a new cluster begins once all of its members run", zap.String("waitingFor", strings.Join(missing, ", ")))
+		}
+		select {
+		case <-time.After(betweenIntroductions):
+		case <-r.closing:
+			return
+		}
+	}
+}
+
+// meet introduces this node to the others of a new cluster, and returns their
+// ids, and those that do not answer. It fails when this node is not one of them.
+func (r *Replica) meet(names []string) (ids map[string]raft.ServerID, missing []string, err error) {
+	list := r.cfg.InitialCluster
+	ids = map[string]raft.ServerID{r.nodeID: r.self}
+	for _, name := range names {
+		if name == r.nodeID {
+			continue
+		}
+		a, err := r.peers.introduce(list[name], hello{Members: list})
+		switch {
+		case err != nil:
+			missing = append(missing, fmt.Sprintf("%s (%s)", name, list[name]))
+		case a.History && a.Known == r.self: // it has begun without our noticing
+			missing = append(missing, name)
+		case a.History && a.Known == "":
+			return nil, nil, fmt.Errorf("node %s at %s has a history already, of cluster %s, without %s: start %s with --join to add it, or all with the same --initial-cluster and empty directories",
+				nameOf(a.NodeID), list[name], a.ClusterID, r.nodeID, r.nodeID)
+		case a.History:
+			return nil, nil, &ReplacedError{NodeID: r.nodeID, Other: nameOf(a.NodeID), ClusterID: a.ClusterID}
+		case !maps.Equal(a.Members, list):
+			return nil, nil, &ListError{NodeID: r.nodeID, Ours: addresses(list), Other: nameOf(a.NodeID), Theirs: addresses(a.Members)}
+		case nameOf(a.NodeID) != name:
+			return nil, nil, fmt.Errorf("--initial-cluster says that %s is at %s, where %s is", name, list[name], nameOf(a.NodeID))
+		default:
+			ids[name] = a.NodeID
+		}
+	}
+	return ids, missing, nil
+}
+
+// confirmAddress makes certain, before raft starts, that a member whose peer
+// address is not the one that its log knows is meant to be where it is, and no
+// copy of the member's directory: only a leader can say so. It fails when that
+// says no, or cannot be asked within a while.
+func (r *Replica) confirmAddress() error {
+	c := r.configuration()
+	us, member := r.server(r.self)
+	if !member || string(us.Address) == r.cfg.PeerAddress || len(voters(c.servers)) < 2 {
+		return nil
+	}
+	moved := &MovedError{NodeID: r.nodeID, Recorded: string(us.Address), Address: r.cfg.PeerAddress}
+	for until := time.Now().Add(confirmAddressWithin); ; time.Sleep(betweenIntroductions) {
+		for _, s := range c.servers.Servers {
+			if s.ID == r.self {
+				continue
+			}
+			a, err := r.peers.introduce(string(s.Address), hello{ClusterID: r.ClusterID(), Address: r.cfg.PeerAddress})
+			if err == nil && a.Leads && a.Known == r.self {
+				if a.At == r.cfg.PeerAddress {
+					return nil
+				}
+				moved.Recorded = a.At
+				return moved
+			}
+		}
+		if time.Now().After(until) {
+			return fmt.Errorf("no leader could be asked: %w", moved)
+		}
+	}
+}
+
+// confirmAddressWithin bounds the wait for a leader.
+const confirmAddressWithin = 10 * time.Second
+
+// ForeignPeers asks the other members of cfg.InitialCluster whether they are
+// of this node's cluster, before anything is served. It fails when those that
+// answer all are of another.
+func (r *Replica) ForeignPeers() error {
+	if r.peers == nil || r.ClusterID() == "" {
+		return nil
+	}
+	var foreign *strangerError
+	for name, address := range r.cfg.InitialCluster {
+		if name == r.nodeID {
+			continue
+		}
+		a, err := r.peers.introduce(address, hello{Members: r.cfg.InitialCluster})
+		switch {
+		case err != nil || !a.History:
+		case a.ClusterID == r.ClusterID():
+			return nil
+		case a.ClusterID != "":
+			foreign = &strangerError{address, a}
+		}
+	}
+	if foreign != nil {
+		return fmt.Errorf("data directory %s is of cluster %s, but %w: start this node with its own cluster's addresses, or with an empty directory", r.dir, r.ClusterID(), foreign)
+	}
+	return nil
+}
