@@ -21,6 +21,7 @@ type confirmations struct {
 type confirmation struct {
 	asker
 	reply Reply
+	first func(l *loop) bool      // of a renewal: reports that it must wait for the log, which answers it; nil for none
 	then  func(l *loop, r *Reply) // fills the reply, on the loop
 }
 
@@ -75,7 +76,9 @@ func (c *confirmed) take(l *loop) {
 	asked := q.asked
 	q.asked = nil
 	for _, q := range asked {
-		q.answer(l, err)
+		if err != nil || q.first == nil || !q.first(l) {
+			q.answer(l, err)
+		}
 	}
 }
 
@@ -97,7 +100,7 @@ func (l *loop) renew(id ID, received time.Duration) KeepAlive {
 	if !l.renewFor(t, received) {
 		return KeepAlive{Lease: id, Err: &Refusal{Reason: machine.ReasonLeaseEnded, Lease: id, Ended: &machine.Ended{Cause: machine.EndExpired, At: l.clock.Now().UnixNano()}}}
 	}
-	k := KeepAlive{Lease: id, TTL: t.ttl}
+	k := KeepAlive{Lease: id, TTL: t.span}
 	if _, lossy := l.lossy[id]; lossy {
 		l.store.Read(func(s *machine.Machine) { k.Lost, k.LostCount = s.Losses(id) })
 	}
@@ -134,7 +137,7 @@ func (l *loop) timeLeft(id ID) time.Duration {
 	case t == nil || t.expiring:
 		return 0
 	case t.deadline == never: // kept alive by its parked call
-		return t.ttl
+		return t.span
 	}
 	return max(t.deadline-l.now(), 0)
 }

@@ -9,36 +9,29 @@ import (
 const (
 	maxExpiries = 96                    // leases in one expiry command, under a millisecond with the disk: a mass expiry is smeared
 	maxPause    = 10 * time.Millisecond // between batches of a mass expiry
-	markEvery   = 30 * time.Second
+	forgetEvery = 30 * time.Second
 	remember    = 10 * time.Minute
 )
 
 // expiry is the part of the loop that ends what nobody renews: leases,
 // lock-delays, and what is remembered of what has ended.
 type expiry struct {
-	leases  map[ID]*leaseTimer
+	leases  map[ID]*timer   // one that a parked call keeps alive has the deadline never, and is not in the wheel
 	lossy   map[ID]struct{} // live leases that have lost holds: renewals tell
 	delayed map[uint64]*delayTimer
 
 	due   []ID  // leases whose time has come; propose looks at them again
 	pause timer // until more of them are ended
 
-	marks    []mark
+	moments  []moment
 	forgetAt timer
 }
 
 func newExpiry() expiry {
 	return expiry{
-		leases: make(map[ID]*leaseTimer), lossy: make(map[ID]struct{}), delayed: make(map[uint64]*delayTimer),
+		leases: make(map[ID]*timer), lossy: make(map[ID]struct{}), delayed: make(map[uint64]*delayTimer),
 		pause: timer{kind: timerPause}, forgetAt: timer{kind: timerForget},
 	}
-}
-
-// leaseTimer is what the manager keeps per live lease. A lease that a parked
-// call keeps alive has the deadline never, and is not in the wheel.
-type leaseTimer struct {
-	timer
-	ttl time.Duration
 }
 
 type delayTimer struct {
@@ -46,9 +39,9 @@ type delayTimer struct {
 	name string
 }
 
-// mark remembers which revision the store had at a time, to forget what ended
+// moment remembers which revision the store had at a time, to forget what ended
 // before it.
-type mark struct {
+type moment struct {
 	at       time.Duration
 	revision uint64
 }
@@ -56,42 +49,47 @@ type mark struct {
 func (l *loop) armLease(id ID, ttl, now time.Duration) {
 	t := l.leases[id]
 	if t == nil {
-		t = &leaseTimer{timer: timer{kind: timerLease, id: uint64(id)}, ttl: ttl}
+		t = &timer{kind: timerLease, id: uint64(id), span: ttl}
 		l.leases[id] = t
 	}
-	t.deadline = later(now, ttl)
-	l.wheel.arm(&t.timer)
+	t.deadline, t.marks = later(now, ttl), 0
+	l.wheel.arm(t)
 }
 
 // suspend stops a lease's time while a parked call keeps it alive.
 func (l *loop) suspend(id ID) {
 	if t := l.leases[id]; t != nil {
 		t.deadline = never
-		l.wheel.disarm(&t.timer)
+		l.wheel.disarm(t)
 	}
 }
 
 // renewFor moves the deadline of a lease to its TTL from a time, unless it is
 // later. It reports false for a lease that is being ended.
-func (l *loop) renewFor(t *leaseTimer, from time.Duration) bool {
+func (l *loop) renewFor(t *timer, from time.Duration) bool {
 	if t.expiring {
 		return false
 	}
 	// Only the deadline moves; the wheel notices at the old one.
-	t.deadline = max(t.deadline, later(from, t.ttl))
+	if t.deadline = max(t.deadline, later(from, t.span)); !t.marked() {
+		t.marks = 0
+	}
 	return true
 }
 
 func (l *loop) endLease(id ID) {
 	if t := l.leases[id]; t != nil {
-		l.wheel.disarm(&t.timer)
+		l.wheel.disarm(t)
 		delete(l.leases, id)
 	}
 	delete(l.lossy, id)
 }
 
 func (l *loop) armDelay(name string, d machine.Delay, now time.Duration) {
-	t := &delayTimer{timer: timer{kind: timerDelay, id: d.ID, deadline: later(now, time.Duration(d.Duration))}, name: name}
+	t := &delayTimer{timer: timer{kind: timerDelay, id: d.ID, span: time.Duration(d.Duration), deadline: later(now, time.Duration(d.Duration))}, name: name}
+	if d.Left > 0 {
+		t.shorten(time.Duration(d.Left), now)
+	}
 	l.delayed[d.ID] = t
 	l.delays.set(d.ID, t.deadline)
 	l.wheel.arm(&t.timer)
@@ -126,7 +124,7 @@ func (l *loop) expiries() *call {
 			t.expiring = true
 			list = append(list, l.due[n])
 		case t.deadline != never && !t.armed():
-			l.wheel.arm(&t.timer)
+			l.wheel.arm(t)
 		}
 	}
 	if l.due = l.due[n:]; len(l.due) == 0 {
@@ -156,20 +154,20 @@ func (l *loop) forget() {
 	var revision uint64
 	l.store.Read(func(s *machine.Machine) { remembered, revision = s.Counts().Remembered, s.Revision() })
 	old := -1
-	for i, k := range l.marks {
+	for i, k := range l.moments {
 		if now-k.at >= remember {
 			old = i
 		}
 	}
 	if old >= 0 {
 		if remembered > 0 {
-			l.enqueue(&call{cmd: &machine.Forget{Through: l.marks[old].revision}})
+			l.enqueue(&call{cmd: &machine.Forget{Through: l.moments[old].revision}})
 		}
-		l.marks = append(l.marks[:0], l.marks[old+1:]...)
+		l.moments = append(l.moments[:0], l.moments[old+1:]...)
 	}
 	if remembered > 0 {
-		l.marks = append(l.marks, mark{now, revision})
+		l.moments = append(l.moments, moment{now, revision})
 	}
-	l.forgetAt.deadline = now + markEvery
+	l.forgetAt.deadline = now + forgetEvery
 	l.wheel.arm(&l.forgetAt)
 }

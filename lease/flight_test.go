@@ -160,8 +160,9 @@ func TestASlowExpiryDelaysNoOther(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+		time.Sleep(900 * time.Millisecond) // both are marked by now
 		l.holding(true, false)
-		time.Sleep(1100 * time.Millisecond) // the first is in the log
+		time.Sleep(200 * time.Millisecond) // the first is in the log
 		other := background(func() (Grant, error) { return r.own("c", time.Hour, 0, 0) })
 		time.Sleep(time.Second) // the second has fallen due
 		l.holding(false, false)

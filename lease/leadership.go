@@ -22,23 +22,32 @@ func (l *loop) lead(change Leadership) {
 	}
 	if l.leading {
 		if change.Term == l.term {
+			l.handOver(change.Leaving)
 			return
 		}
 		l.abandonServing(&NotLeaderError{})
 	}
-	// Whatever an earlier leader knew of the time is gone: every lease gets
-	// its full TTL, every lock-delay its full length.
+	// What an earlier leader knew of the time is gone, but for the marks: every
+	// lease gets its full TTL, every lock-delay its full length, or what was left.
 	l.reset()
 	l.leading, l.term, l.hint = true, change.Term, ""
 	now := l.now()
+	l.since = now
 	l.wheel.now = uint64(now / tick)
 	l.store.Read(func(s *machine.Machine) {
 		l.counts, l.readAt = s.Counts(), s.Revision()
-		l.leases = make(map[ID]*leaseTimer, l.counts.Leases)
+		l.leases = make(map[ID]*timer, l.counts.Leases)
 		s.EachLease(func(id ID, ttl machine.Duration, lossy bool) bool {
 			l.armLease(id, time.Duration(ttl), now)
 			if lossy {
 				l.lossy[id] = struct{}{}
+			}
+			return true
+		})
+		s.EachMark(func(id ID, left machine.Duration) bool {
+			if t := l.leases[id]; t != nil {
+				t.shorten(time.Duration(left), now)
+				l.wheel.arm(t)
 			}
 			return true
 		})
@@ -57,7 +66,7 @@ func (l *loop) lead(change Leadership) {
 			return true
 		})
 	})
-	l.forgetAt.deadline = now + markEvery
+	l.forgetAt.deadline = now + forgetEvery
 	l.wheel.arm(&l.forgetAt)
 	l.logger.Info("leading", zap.Uint64("term", change.Term), zap.Int("leases", len(l.leases)))
 	if !l.everLed {

@@ -44,6 +44,11 @@ type Leadership struct {
 	// Hint is the client address of the leader when another node leads and
 	// its address is known.
 	Hint string
+	// Leaving is set of a leadership that is reported again because it is about
+	// to be handed over. The manager closes it once what is left of leases that
+	// nobody has renewed lately is in the log. When the leadership goes on
+	// instead, it is reported once more, without.
+	Leaving chan<- struct{}
 }
 
 // Member is one node of the cluster that keeps the log.

@@ -23,6 +23,7 @@ type loop struct {
 
 	wheel *wheel
 	expiry
+	marking
 	proposals
 	waiting waitingCalls
 	rounds  confirmations
@@ -42,6 +43,7 @@ func newLoop(m *Manager) *loop {
 func (l *loop) reset() {
 	l.wheel = newWheel()
 	l.expiry = newExpiry()
+	l.marking = marking{markPause: timer{kind: timerPause}, marksOut: l.marksOut}
 	l.waiting = newWaitingCalls(l.waiting.serial)
 	l.delays.reset()
 }
@@ -62,6 +64,7 @@ func (l *loop) run(ctx context.Context) (err error) {
 		if l.leading {
 			l.wheel.advance(l.now(), maxFired, l.fire)
 			l.propose()
+			l.left()
 			l.confirm()
 		}
 		l.ring()
@@ -92,6 +95,10 @@ func (l *loop) run(ctx context.Context) (err error) {
 
 // fire acts on a timer whose time has come.
 func (l *loop) fire(t *timer) {
+	if t.deadline > l.now() {
+		l.fade(t)
+		return
+	}
 	switch t.kind {
 	case timerLease:
 		l.due = append(l.due, ID(t.id))

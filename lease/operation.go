@@ -177,6 +177,7 @@ type aside struct {
 	part   *several      // of which this is one
 	ends   *call         // this ends a wait that has reached its bound
 	undoes *call         // this undoes a call that has left
+	renews *confirmation // this takes away the marks of leases that it renews
 }
 
 // few reads what is aside.
@@ -327,6 +328,10 @@ func (c *call) answer(l *loop, r machine.Result, err error) {
 		return
 	}
 	c.answered, c.granted = true, err == nil
+	if renews := c.few().renews; renews != nil {
+		renews.answer(l, err)
+		return
+	}
 	switch {
 	case c.few().part != nil:
 		c.aside.part.answer(l, c.op, err)
@@ -351,7 +356,7 @@ func (c *call) answer(l *loop, r machine.Result, err error) {
 		if cmd.Lease != 0 {
 			reply.TTL = l.ttlOf(cmd.Lease)
 		} else if t := l.leases[r.Grant.Lease]; t != nil {
-			reply.TTL = t.ttl
+			reply.TTL = t.span
 		}
 		if t := l.leases[r.Grant.Lease]; t != nil && c.sink.stream() != 0 {
 			t.port = c.sink.stream()
@@ -595,6 +600,7 @@ func (r *KeepAliveRequest) task(m *Manager) (task, error) {
 		}
 		r.KeptAlive = kept
 	})
+	c.first = func(l *loop) bool { return l.clears(c, leases, requests, received) }
 	return c, nil
 }
 

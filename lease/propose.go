@@ -56,7 +56,7 @@ func (l *loop) propose() {
 
 // beside reports whether another batch may join those in the log.
 func (l *loop) beside() bool {
-	return len(l.inFlight) < maxFlights && len(l.pending) >= l.aside && !l.expires()
+	return len(l.inFlight) < maxFlights && len(l.pending) >= l.aside && !l.expires() && !l.fades()
 }
 
 // proposeBatch reports false when there was nothing to propose.
@@ -64,6 +64,9 @@ func (l *loop) proposeBatch() bool {
 	f := &flight{}
 	if n := len(l.landed); n > 0 {
 		f, l.landed = l.landed[n-1], l.landed[:n-1]
+	}
+	if c := l.marks(); c != nil {
+		f.add(c)
 	}
 	// Expiries come first, so that nothing else in the batch finds a lease
 	// alive of which the manager already says that it is not.
@@ -117,6 +120,8 @@ func size(cmd machine.Command) (bytes, parts int) {
 			n += len(e.Key) + len(e.Value)
 		}
 		return n, 1
+	case *machine.Clear:
+		return small + 10*len(c.Leases), 1 + len(c.Leases)/16
 	case *machine.AbandonAll:
 		return small + 10*len(c.Requests), len(c.Requests)
 	}
@@ -137,6 +142,9 @@ func (c *committed) take(l *loop) {
 	calls := c.calls
 	for _, call := range calls {
 		l.reserved.sub(call.room)
+		if _, ok := call.cmd.(*machine.Mark); ok {
+			l.marksOut--
+		}
 	}
 	defer l.land(c.flight)
 	if c.mass && len(l.due) > 0 && l.others && l.leading {
@@ -149,7 +157,7 @@ func (c *committed) take(l *loop) {
 		l.uncommitted(calls, c)
 		return
 	}
-	serving := l.leading && c.term == l.term
+	serving := l.leading && c.term == l.term && c.out.Term == c.term
 	now := l.now()
 	l.observer.Committed(len(calls), now-c.proposed)
 	// Results come before events: an acquisition must be parked before the
@@ -193,6 +201,7 @@ func (l *loop) uncommitted(calls []*call, c *committed) {
 			if again {
 				l.unexpired(cmd.Leases, refused)
 			}
+		case *machine.Mark: // it may be there, or not
 		default:
 			switch {
 			case !again || call.asked():
@@ -221,6 +230,8 @@ func (c *call) committed(l *loop, r machine.Result, serving bool) {
 	switch {
 	case c.few().ends != nil:
 		l.waitEnded(c, r)
+	case c.few().renews != nil:
+		l.cleared(c, serving)
 	case c.left && !c.undone:
 		c.answer(l, machine.Result{}, errCanceled)
 	case r.Refusal != nil:

@@ -84,7 +84,7 @@ func (l *loop) park(c *call) {
 		case c.attempt == 0:
 			l.suspend(own)
 		case t.deadline == never: // an earlier attempt was not counted
-			l.armLease(own, t.ttl, l.now())
+			l.armLease(own, t.span, l.now())
 		}
 	}
 	if c.bound != WaitForever {
@@ -186,7 +186,7 @@ func (v *leave) take(l *loop) {
 		return
 	}
 	if own := c.few().leaseID; c.key.lease == 0 && l.leases[own] != nil && l.leases[own].deadline == never {
-		l.armLease(own, l.leases[own].ttl, l.now())
+		l.armLease(own, l.leases[own].span, l.now())
 	}
 	c.answer(l, machine.Result{}, context.Canceled)
 }
@@ -202,13 +202,17 @@ func grantOf(e *Event) *machine.Grant {
 // reports false for a lease that is being ended.
 func (l *loop) repeated(id ID) bool {
 	t := l.leases[id]
-	return t == nil || l.renewFor(t, l.now())
+	if t == nil {
+		return true
+	}
+	t.marks = 0 // the machine has taken the mark away
+	return l.renewFor(t, l.now())
 }
 
 // ttlOf is that of a live lease; 0 when it is gone.
 func (l *loop) ttlOf(id ID) (ttl time.Duration) {
 	if t := l.leases[id]; t != nil {
-		return t.ttl
+		return t.span
 	}
 	l.store.Read(func(s *machine.Machine) { // its end is on its way here
 		d, _ := s.TTL(id)

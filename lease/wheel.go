@@ -32,9 +32,11 @@ func later(t, d time.Duration) time.Duration {
 type timer struct {
 	next, prev *timer // nil while not armed
 	deadline   time.Duration
+	span       time.Duration // of a lease its TTL, of a lock-delay its length: marked on the way
 	id         uint64
 	kind       timerKind
 	level      uint8 // of the wheel, while armed
+	marks      uint8 // how often half of what is left has gone, and whether that is in the log
 	expiring   bool  // of a lease: its expiry is proposed, renewals are refused
 	// port is the one, by number, that granted or renewed a lease last and is
 	// to be told of its loss; 0 for none.
@@ -79,13 +81,13 @@ func newWheel() *wheel {
 	return w
 }
 
-// arm enters t at its deadline.
+// arm enters t at the time at which it is to be looked at.
 func (w *wheel) arm(t *timer) {
 	if t.armed() {
 		w.disarm(t)
 	}
 	// Rounded up: the tick at which it fires is not before the deadline.
-	at := uint64((max(t.deadline, 0) + tick - 1) / tick)
+	at := uint64((max(t.look(), 0) + tick - 1) / tick)
 	w.enter(t, max(at, w.now+1))
 }
 
@@ -127,7 +129,7 @@ func (w *wheel) advance(now time.Duration, limit int, fire func(*timer)) {
 		}
 		t := w.due.next
 		w.disarm(t)
-		if t.deadline > now {
+		if t.look() > now {
 			w.arm(t)
 		} else {
 			fire(t)

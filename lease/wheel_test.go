@@ -140,7 +140,7 @@ func TestTimersBeyondTheWheel(t *testing.T) {
 }
 
 func TestLeaseTimersAreSmall(t *testing.T) {
-	if n := unsafe.Sizeof(leaseTimer{}); n > 48 {
+	if n := unsafe.Sizeof(timer{}); n > 48 {
 		t.Errorf("a lease's timer takes %d bytes", n)
 	}
 }

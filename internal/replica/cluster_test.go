@@ -13,12 +13,14 @@ import (
 	"fmt"
 	"io"
 	"math/big"
+	mathrand "math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -47,14 +49,27 @@ type cluster struct {
 	alter func(*Config)
 }
 
+// lastPort is the last that freeAddress has tried; the first one is chosen at
+// random, for there may be other runs of these tests beside this one.
+var lastPort atomic.Uint32
+
+func init() { lastPort.Store(mathrand.Uint32N(1 << 16)) }
+
+// freeAddress returns an address that nobody listens on, and that it has not
+// returned for long: below those ports that the kernel gives to connections,
+// one of which might take it before its node does.
 func freeAddress(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	const first, count = 2_000, 8_000
+	for range count {
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", first+lastPort.Add(1)%count))
+		if err == nil {
+			defer l.Close()
+			return l.Addr().String()
+		}
 	}
-	defer l.Close()
-	return l.Addr().String()
+	t.Fatal("no port is free")
+	return ""
 }
 
 // newCluster starts n members of a new cluster: n1, n2, …

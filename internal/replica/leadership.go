@@ -33,6 +33,7 @@ func (r *Replica) watch() {
 			term := r.raft.CurrentTerm()
 			if told.Leader && told.Term == term {
 				state = told
+				state.Leaving = r.handingOver()
 			} else if err := r.raft.Barrier(0).Error(); err == nil && r.raft.CurrentTerm() == term && r.raft.State() == raft.Leader && !r.stalled.Load() {
 				state = lease.Leadership{Leader: true, Term: term}
 				if c := r.configuration(); c.index <= r.raft.CommitIndex() { // all before the barrier is
@@ -51,8 +52,9 @@ func (r *Replica) watch() {
 			case <-r.closing:
 				return
 			}
+			gained := state.Leader && (!told.Leader || told.Term != state.Term)
 			told = state
-			if state.Leader {
+			if gained {
 				r.setServing(true)
 				r.group.Add(1)
 				go r.settleIn(state.Term)
@@ -66,6 +68,36 @@ func (r *Replica) watch() {
 		case <-again:
 		}
 	}
+}
+
+// handingOver is what the manager closes when it is ready for a hand-over; nil
+// while none is prepared.
+func (r *Replica) handingOver() chan<- struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.leaving
+}
+
+// prepareHandOver lets the manager write down what is left of leases, or the
+// next leader would give them all of it again. It waits for that, but not long:
+// it may be left out.
+func (r *Replica) prepareHandOver() {
+	ready := make(chan struct{})
+	r.setLeaving(ready)
+	select {
+	case <-ready:
+	case <-time.After(prepareWithin):
+	case <-r.closing:
+	}
+}
+
+const prepareWithin = 500 * time.Millisecond
+
+func (r *Replica) setLeaving(ready chan<- struct{}) {
+	r.mu.Lock()
+	r.leaving = ready
+	r.mu.Unlock()
+	r.tellNews()
 }
 
 // heard returns a channel that is closed when the leader changes.

@@ -280,6 +280,8 @@ func (r *Replica) transfer(id string) (string, error) {
 	case to.ID == "":
 		return "", refused("", "no other voter answers and has caught up")
 	}
+	r.prepareHandOver()
+	defer r.setLeaving(nil)
 	r.transferring.Store(true)
 	defer r.transferring.Store(false)
 	future := r.raft.LeadershipTransferToServer(to.ID, to.Address)

@@ -159,6 +159,7 @@ type Replica struct {
 	err       error // why the log stopped
 	closed    bool
 	leader    leader          // as known here
+	leaving   chan<- struct{} // see handingOver
 	news      chan struct{}   // closed and made anew when leader changes
 	led       context.Context // ends when another leads, or nobody
 	endLed    context.CancelFunc

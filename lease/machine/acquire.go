@@ -155,6 +155,9 @@ func (m *Machine) again(c *Acquire, id LeaseID, a *acquisition) Result {
 	if a == nil || !m.equal(c, id, a) {
 		return refuse(Refusal{Reason: ReasonRequestMismatch, Lease: id})
 	}
+	if c.Lease == 0 {
+		m.unmark(id)
+	}
 	return a.result()
 }
 
@@ -245,6 +248,9 @@ func (m *Machine) grant(l *lease, a *acquisition) []GrantedLock {
 	m.enter(l, a)
 	m.tokens[a.token] = a
 	m.grants++
+	if l.own() {
+		m.unmark(l.id)
+	}
 	locks := m.locksOf(a)
 	m.emit(Event{Kind: EventGranted, Lease: l.id, Request: a.request, Owner: l.owner(), Token: a.token, Mode: a.mode, Locks: locks, TTL: l.ttl(), Own: l.own()})
 	return locks

@@ -36,6 +36,8 @@ const (
 	kindAbandonAll
 	kindEndWait
 	kindReleaseRequest // a Release that names its request
+	kindMark
+	kindClear
 )
 
 // AppendBatch appends the encoding of a batch: unsigned varints, and strings
@@ -92,10 +94,24 @@ func (e *encoder) command(c Command) {
 	case *ExpireLeases:
 		e.byte(kindExpireLeases)
 		e.uint(c.Term)
+		e.leases(c.Leases)
+	case *Mark:
+		e.byte(kindMark)
+		e.uint(c.Term)
 		e.uint(uint64(len(c.Leases)))
-		for _, id := range c.Leases {
-			e.uint(uint64(id))
+		for _, k := range c.Leases {
+			e.uint(uint64(k.Lease))
+			e.int(int64(k.Left))
 		}
+		e.uint(uint64(len(c.Delays)))
+		for _, k := range c.Delays {
+			e.string(k.Name)
+			e.uint(k.Delay)
+			e.int(int64(k.Left))
+		}
+	case *Clear:
+		e.byte(kindClear)
+		e.leases(c.Leases)
 	case *Acquire:
 		e.byte(kindAcquire)
 		e.uint(uint64(c.Lease))
@@ -172,13 +188,18 @@ func (d *decoder) command() Command {
 	case kindRevokeLease:
 		return &RevokeLease{Lease: LeaseID(d.uint()), By: d.string()}
 	case kindExpireLeases:
-		c := &ExpireLeases{Term: d.uint()}
-		n := d.count(1)
-		c.Leases = make([]LeaseID, 0, n)
-		for range n {
-			c.Leases = append(c.Leases, LeaseID(d.uint()))
+		return &ExpireLeases{Term: d.uint(), Leases: d.leases()}
+	case kindMark:
+		c := &Mark{Term: d.uint()}
+		for range d.count(2) {
+			c.Leases = append(c.Leases, LeaseMark{LeaseID(d.uint()), Duration(d.int())})
+		}
+		for range d.count(3) {
+			c.Delays = append(c.Delays, DelayMark{d.string(), d.uint(), Duration(d.int())})
 		}
 		return c
+	case kindClear:
+		return &Clear{Leases: d.leases()}
 	case kindAcquire:
 		c := one(&d.acquires, d.left)
 		c.Lease, c.Request, c.LowestOpen = LeaseID(d.uint()), RequestID(d.uint()), RequestID(d.uint())
@@ -249,6 +270,13 @@ func (e *encoder) strings(list []string) {
 	e.uint(uint64(len(list)))
 	for _, s := range list {
 		e.string(s)
+	}
+}
+
+func (e *encoder) leases(list []LeaseID) {
+	e.uint(uint64(len(list)))
+	for _, id := range list {
+		e.uint(uint64(id))
 	}
 }
 
@@ -384,6 +412,15 @@ func (d *decoder) sameString(last *string) string {
 	}
 	d.b = d.b[n:]
 	return *last
+}
+
+func (d *decoder) leases() []LeaseID {
+	n := d.count(1)
+	list := make([]LeaseID, 0, n)
+	for range n {
+		list = append(list, LeaseID(d.uint()))
+	}
+	return list
 }
 
 func (d *decoder) metadata() []Meta {

@@ -22,6 +22,7 @@ var every = []Command{
 		Lease: 3, Request: 4, LowestOpen: 2, Names: []string{"a", "b\x00c"}, Mode: Shared, Limit: 1<<32 - 1, Wait: true,
 		LockDelay: 5, Actor: "x", Metadata: []Meta{{"", "v"}, {"k", ""}}, TTL: 6, Owner: "o", Declared: true,
 	},
+	&Mark{Leases: []LeaseMark{{1, 2}, {1 << 52, 1 << 62}}, Delays: []DelayMark{{"d", 3, 4}}, Term: 9}, &Clear{Leases: []LeaseID{1, 2}},
 	&Abandon{Lease: 1, Request: 1 << 63},
 	&AbandonAll{Lease: 1, Requests: []RequestID{1, 1 << 62}, EndLease: true}, &EndWait{Lease: 1, Request: 2},
 	&Release{Lease: 1, Name: "a", Token: fence.MaxToken, Request: 3},
@@ -77,6 +78,12 @@ func full(t testing.TB) *Machine {
 		&Acquire{Request: 54, Names: []string{"z"}, Mode: Exclusive, TTL: 5, LockDelay: 8},
 		&RevokeLease{Lease: 5, By: "ops"},
 	}})
+	var delay DelayMark
+	m.EachDelay(func(name string, d Delay) bool { delay = DelayMark{name, d.ID, 3}; return true })
+	m.Apply(Batch{Stamp: 2, Term: 1, Commands: []Command{&Mark{Term: 1, Leases: []LeaseMark{{1, 4}, {3, 2}}, Delays: []DelayMark{delay}}}})
+	if delay.Delay == 0 || m.marks.Len() != 2 {
+		t.Fatalf("%+v, %d marks", delay, m.marks.Len())
+	}
 	if c := m.Counts(); c.Leases < 4 || c.Waiters != 1 || c.Remembered < 2 || m.memory.young.traces.Len() != 2 || m.actors.Len() != 2 {
 		t.Fatalf("%+v", c)
 	}

@@ -69,6 +69,31 @@ type ExpireLeases struct {
 	Term   uint64
 }
 
+// Mark writes down what is left of leases that have not been renewed for a
+// while, and of lock-delays, at the leader of Term. It does nothing when the
+// batch is applied in another term. (Level 3.)
+type Mark struct {
+	Leases []LeaseMark
+	Delays []DelayMark
+	Term   uint64
+}
+
+// LeaseMark is what was left of a lease's TTL.
+type LeaseMark struct {
+	Lease LeaseID
+	Left  Duration
+}
+
+// DelayMark is what was left of a lock-delay.
+type DelayMark struct {
+	Name  string
+	Delay uint64
+	Left  Duration
+}
+
+// Clear takes away the marks of leases that are renewed. (Level 3.)
+type Clear struct{ Leases []LeaseID }
+
 // Acquire asks for one or several locks, granted all at once or not at all.
 // Names are sorted and free of duplicates.
 type Acquire struct {
@@ -160,6 +185,8 @@ type Forget struct{ Through uint64 }
 func (*GrantLease) command()   {}
 func (*RevokeLease) command()  {}
 func (*ExpireLeases) command() {}
+func (*Mark) command()         {}
+func (*Clear) command()        {}
 func (*Acquire) command()      {}
 func (*Abandon) command()      {}
 func (*AbandonAll) command()   {}

@@ -16,6 +16,7 @@ func (m *Machine) grantLease(c *GrantLease) Result {
 			if l.own() || l.terms != leaseTermsOf(c.Owner, c.TTL) || !slices.Equal(l.session.metadata, c.Metadata) {
 				return refuse(Refusal{Reason: ReasonRequestMismatch, Lease: l.id})
 			}
+			m.unmark(l.id)
 			return Result{Lease: l.id}
 		}
 		if end := m.memory.request(c.Request); end != nil {
@@ -95,6 +96,7 @@ func (m *Machine) endLease(l *lease, cause EndCause, by string) {
 // dropLease takes a lease, whose acquisitions have ended, out of the tables.
 func (m *Machine) dropLease(l *lease, cause EndCause, by string) {
 	m.leases.Delete(l.id)
+	m.unmark(l.id)
 	if !l.own() && l.session.spans > 0 {
 		m.dropSpans(l.id, &session{spans: l.session.spans}, AnonymousRequest)
 	}

@@ -13,7 +13,7 @@ const (
 	// lease that are not sequence numbers, losses counted, and bounds on what
 	// one lease remembers and one search for a deadlock looks at.
 	//
-	// At level 3 the machine is as at 2. Every member has an incarnation.
+	// At level 3 came Mark and Clear. Every member has an incarnation.
 	NewestLevel Level = 3
 )
 

@@ -51,13 +51,14 @@ type state struct {
 	holds  int // locks that they hold, each counted once for each holder
 
 	leases  *btree.Map[LeaseID, *lease]
-	acqs    *btree.BTreeG[under]      // under leases of clients, by lease, request
-	locks   *btree.Map[string, *lock] // by name
-	holders *btree.BTreeG[place]      // of locks with several, by lock name, token
-	queues  *btree.BTreeG[place]      // by lock name, place
-	actors  *btree.BTreeG[place]      // acquisitions by actor, place
-	ended   *btree.BTreeG[span]       // sequence numbers, by lease
-	delays  *btree.BTreeG[delayOf]    // lock-delays by lock name, id
+	acqs    *btree.BTreeG[under]          // under leases of clients, by lease, request
+	locks   *btree.Map[string, *lock]     // by name
+	holders *btree.BTreeG[place]          // of locks with several, by lock name, token
+	queues  *btree.BTreeG[place]          // by lock name, place
+	actors  *btree.BTreeG[place]          // acquisitions by actor, place
+	ended   *btree.BTreeG[span]           // sequence numbers, by lease
+	delays  *btree.BTreeG[delayOf]        // lock-delays by lock name, id
+	marks   *btree.Map[LeaseID, Duration] // what was left of leases, see Mark
 	memory  memory
 }
 
@@ -292,6 +293,7 @@ func NewAt(base uint64, level Level) *Machine {
 			actors:  table(lessPlace),
 			ended:   newSpans(),
 			delays:  table(lessDelay),
+			marks:   &btree.Map[LeaseID, Duration]{},
 			memory:  newMemory(),
 		},
 		tokens:   make(map[fence.Token]*acquisition),
@@ -304,7 +306,7 @@ func (m *Machine) Copy() *View {
 	v := &View{m.state}
 	v.leases, v.acqs, v.locks = m.leases.IsoCopy(), m.acqs.IsoCopy(), m.locks.IsoCopy()
 	v.holders, v.queues, v.actors = m.holders.IsoCopy(), m.queues.IsoCopy(), m.actors.IsoCopy()
-	v.ended, v.delays = m.ended.IsoCopy(), m.delays.IsoCopy()
+	v.ended, v.delays, v.marks = m.ended.IsoCopy(), m.delays.IsoCopy(), m.marks.IsoCopy()
 	v.memory = m.memory.view()
 	return v
 }
@@ -319,7 +321,7 @@ func (m *Machine) Apply(b Batch) Outcome {
 	for i, c := range b.Commands {
 		results[i] = m.apply(c, b.Term)
 	}
-	out := Outcome{Results: results, Events: m.events, Counts: m.Counts()}
+	out := Outcome{Results: results, Events: m.events, Counts: m.Counts(), Term: b.Term}
 	if len(out.Events) == 0 {
 		out.Events = nil
 	}
@@ -335,6 +337,10 @@ func (m *Machine) apply(c Command, term uint64) Result {
 		return m.revokeLease(c)
 	case *ExpireLeases:
 		return m.expireLeases(c, term)
+	case *Mark:
+		return m.noteMarks(c, term)
+	case *Clear:
+		return m.clearMarks(c)
 	case *Acquire:
 		return m.acquire(c)
 	case *Abandon:

@@ -29,6 +29,8 @@ type oracle struct {
 	lost     map[fence.Token]EndCause
 	released map[fence.Token]*oAcq
 	mintedBy map[fence.Token]LeaseID
+	marks    map[LeaseID]Duration
+	short    map[uint64]Duration // delays that are marked
 	max      fence.Token
 }
 
@@ -56,6 +58,7 @@ func newOracle(level Level) *oracle {
 		delays: map[string][]uint64{}, declared: map[string]*uint64{}, ended: map[RequestID]bool{},
 		gone: map[LeaseID]EndCause{}, lost: map[fence.Token]EndCause{},
 		released: map[fence.Token]*oAcq{}, mintedBy: map[fence.Token]LeaseID{},
+		marks: map[LeaseID]Duration{}, short: map[uint64]Duration{},
 	}
 }
 
@@ -144,6 +147,7 @@ func (o *oracle) endLease(l *oLease, cause EndCause) {
 	}
 	o.leases = slices.DeleteFunc(o.leases, func(x *oLease) bool { return x == l })
 	o.gone[l.id] = cause
+	delete(o.marks, l.id)
 	if l.own {
 		o.ended[l.req] = true
 	}
@@ -192,6 +196,27 @@ func (o *oracle) apply(c Command, term uint64, nextLease LeaseID) answer {
 					o.endLease(l, EndExpired)
 				}
 			}
+		}
+	case *Mark:
+		if o.level < 3 {
+			return answer{reason: ReasonInvalid}
+		}
+		for _, k := range c.Leases {
+			if o.lease(k.Lease) != nil && c.Term == term {
+				o.marks[k.Lease] = k.Left
+			}
+		}
+		for _, k := range c.Delays {
+			if slices.Contains(o.delays[k.Name], k.Delay) && c.Term == term {
+				o.short[k.Delay] = k.Left
+			}
+		}
+	case *Clear:
+		if o.level < 3 {
+			return answer{reason: ReasonInvalid}
+		}
+		for _, id := range c.Leases {
+			delete(o.marks, id)
 		}
 	case *Acquire:
 		return o.acquire(c, nextLease)
@@ -297,6 +322,9 @@ func (o *oracle) acquire(c *Acquire, nextLease LeaseID) answer {
 		}
 		if !reflect.DeepEqual(&same, c) {
 			return answer{reason: ReasonRequestMismatch}
+		}
+		if c.Lease == 0 {
+			delete(o.marks, id)
 		}
 		return answer{lease: id, waiting: a.token == 0, granted: a.token != 0}
 	}
@@ -465,6 +493,9 @@ func (o *oracle) settle(t interface{ Fatalf(string, ...any) }, m *Machine) {
 			if o.mintedBy[a.token] != 0 {
 				t.Fatalf("token %d minted twice", a.token)
 			}
+			if o.lease(a.lease).own {
+				delete(o.marks, a.lease)
+			}
 			o.mintedBy[a.token], o.max = a.lease, max(o.max, a.token)
 			for _, k := range found.Grant.Locks {
 				a.floors, a.clocks = append(a.floors, k.Floor), append(a.clocks, k.Clock)
@@ -511,7 +542,7 @@ func (o *oracle) settle(t interface{ Fatalf(string, ...any) }, m *Machine) {
 func (o *oracle) show() string {
 	var b strings.Builder
 	for _, l := range o.leases {
-		fmt.Fprintf(&b, "lease %d own=%v\n", l.id, l.own)
+		fmt.Fprintf(&b, "lease %d own=%v%s\n", l.id, l.own, showLeft(o.marks[l.id]))
 	}
 	var names []string
 	for _, a := range o.acqs {
@@ -545,15 +576,27 @@ func (o *oracle) show() string {
 		}
 		ids := slices.Clone(o.delays[name])
 		slices.Sort(ids)
-		fmt.Fprintf(&b, " delays%v\n", ids)
+		fmt.Fprintf(&b, " delays%v", ids)
+		for _, id := range ids {
+			b.WriteString(showLeft(o.short[id]))
+		}
+		fmt.Fprintln(&b)
 	}
 	return b.String()
+}
+
+func showLeft(left Duration) string {
+	if left == 0 {
+		return ""
+	}
+	return fmt.Sprintf(" left=%d", left)
 }
 
 func show(m *state) string {
 	var b strings.Builder
 	m.AscendLeases(0, func(l Lease) bool {
-		fmt.Fprintf(&b, "lease %d own=%v\n", l.ID, l.Own)
+		left, _ := m.marks.Get(l.ID)
+		fmt.Fprintf(&b, "lease %d own=%v%s\n", l.ID, l.Own, showLeft(left))
 		return true
 	})
 	m.AscendLocks("", func(k Lock) bool {
@@ -572,7 +615,11 @@ func show(m *state) string {
 			ids = append(ids, d.ID)
 		}
 		slices.Sort(ids)
-		fmt.Fprintf(&b, " delays%v\n", ids)
+		fmt.Fprintf(&b, " delays%v", ids)
+		for _, d := range k.Delays {
+			b.WriteString(showLeft(d.Left))
+		}
+		fmt.Fprintln(&b)
 		return true
 	})
 	return b.String()
@@ -668,7 +715,7 @@ func draw(t *rapid.T, m *Machine, delays []EndDelay, tokens fence.Token) Command
 		}
 		return req()
 	}
-	switch k := rapid.IntRange(0, 32).Draw(t, "kind"); {
+	switch k := rapid.IntRange(0, 36).Draw(t, "kind"); {
 	case k < 13:
 		c := &Acquire{Request: req(), Mode: Exclusive, Wait: rapid.IntRange(0, 3).Draw(t, "wait") > 0, TTL: 5}
 		switch rapid.IntRange(0, 7).Draw(t, "names") {
@@ -754,6 +801,19 @@ func draw(t *rapid.T, m *Machine, delays []EndDelay, tokens fence.Token) Command
 			}
 		}
 		return c
+	case k > 32 && k < 36:
+		c := &Mark{Term: uint64(rapid.IntRange(1, 5).Draw(t, "term")/5 + 1)}
+		for range rapid.IntRange(0, 3).Draw(t, "marks") {
+			c.Leases = append(c.Leases, LeaseMark{leaseID(), Duration(rapid.IntRange(1, 4).Draw(t, "left"))})
+		}
+		for _, d := range delays {
+			if rapid.IntRange(0, 1).Draw(t, "delay") == 0 {
+				c.Delays = append(c.Delays, DelayMark{d.Name, d.Delay, 2})
+			}
+		}
+		return c
+	case k == 36:
+		return &Clear{Leases: []LeaseID{leaseID(), leaseID()}}
 	case k < 33 && rapid.Bool().Draw(t, "clock"):
 		return &ReleaseClock{Name: name(), Clock: uint64(rapid.IntRange(0, 4).Draw(t, "clock"))}
 	}

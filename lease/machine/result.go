@@ -8,6 +8,7 @@ type Outcome struct {
 	Results []Result
 	Events  []Event
 	Counts  Counts // after the batch
+	Term    uint64 // of the batch's log entry
 }
 
 // Result answers one command. Refusal is nil when the command was done.
@@ -158,6 +159,7 @@ type Delay struct {
 	ID       uint64
 	Duration Duration
 	Since    int64
+	Left     Duration // of it when it was marked last; 0 for not marked
 }
 
 // Lock is one lock as it stands.

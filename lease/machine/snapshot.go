@@ -65,6 +65,15 @@ func (m *state) Snapshot(emit func(chunk []byte) error) error {
 			})
 		})
 	}
+	if m.at(3) {
+		w.table(m.marks.Len())
+		m.marks.Scan(func(id LeaseID, left Duration) bool {
+			return w.record(func(e *encoder) {
+				e.uint(uint64(id))
+				e.int(int64(left))
+			})
+		})
+	}
 	return w.flush()
 }
 
@@ -188,6 +197,16 @@ func Restore(read func(p []byte) (int, error)) (*Machine, error) {
 	}
 	if !first {
 		r.table(func(d *decoder) { m.decodeSpan(d) })
+	}
+	if m.at(3) {
+		r.table(func(d *decoder) {
+			id, left := LeaseID(d.uint()), Duration(d.int())
+			ascending(d, m.marks, id)
+			if m.lease(id) == nil || left < 1 {
+				d.fail("a mark without a lease")
+			}
+			m.marks.Set(id, left)
+		})
 	}
 	if r.err == nil {
 		r.err = m.check()
@@ -504,6 +523,9 @@ func (m *state) encodeLock(e *encoder, name string, k *lock) {
 				e.uint(d.ID)
 				e.int(int64(d.Duration))
 				e.int(d.Since)
+				if m.at(3) {
+					e.int(int64(d.Left))
+				}
 			}
 			return d.name == name
 		})
@@ -524,6 +546,9 @@ func (m *Machine) decodeLock(d *decoder) (string, *lock, fence.Token, Mode) {
 	last := uint64(0)
 	for range d.count(3) {
 		delay := Delay{ID: d.uint(), Duration: Duration(d.int()), Since: d.int()}
+		if m.at(3) {
+			delay.Left = Duration(d.int())
+		}
 		if delay.ID <= last {
 			d.fail("lock-delays out of order")
 		}
