@@ -199,7 +199,7 @@ func (c *Client) due() (due []*renewal, follow []*session, sleep time.Duration) 
 			wakeAt = min(wakeAt, w.next)
 		}
 	}
-	due = c.renewals(sessions, waits)
+	due = c.renewals(now, sessions, waits)
 	c.wakeAt = wakeAt
 	c.mu.Unlock()
 	for _, w := range warnings {
@@ -209,31 +209,52 @@ func (c *Client) due() (due []*renewal, follow []*session, sleep time.Duration) 
 }
 
 // renewals makes messages of what is due: each with TTLs of about the same
-// length, for it is waited for no longer than the shortest allows. The caller
-// must hold c.mu.
-func (c *Client) renewals(sessions []*session, waits []*wait) (list []*renewal) {
-	slices.SortFunc(sessions, func(a, b *session) int { return cmp.Or(cmp.Compare(a.ttl, b.ttl), cmp.Compare(a.id, b.id)) })
-	slices.SortFunc(waits, func(a, b *wait) int { return cmp.Or(cmp.Compare(a.ttl, b.ttl), cmp.Compare(a.request, b.request)) })
+// length, for it is waited for no longer than the shortest allows, and those of
+// which half has gone apart, for the server answers them only once that is in
+// its log. The caller must hold c.mu.
+func (c *Client) renewals(now time.Duration, sessions []*session, waits []*wait) (list []*renewal) {
 	var r *renewal
 	var shortest time.Duration
-	room := func(ttl time.Duration) *renewal {
-		if r == nil || ttl > 2*shortest || len(r.sessions)+len(r.waits) == maxKeepAlive {
-			shortest = ttl
+	var tardy bool
+	room := func(ttl time.Duration, late bool) *renewal {
+		if r == nil || ttl > 2*shortest || late != tardy || len(r.sessions)+len(r.waits) == maxKeepAlive {
+			shortest, tardy = ttl, late
 			r = &renewal{patience: min(attemptFor, max(ttl/3, 20*time.Millisecond))}
 			list = append(list, r)
 		}
 		return r
 	}
+	slices.SortFunc(sessions, func(a, b *session) int {
+		return cmp.Or(latter(a.late(now), b.late(now)), cmp.Compare(a.ttl, b.ttl), cmp.Compare(a.id, b.id))
+	})
 	for _, s := range sessions {
-		r := room(s.ttl)
+		r := room(s.ttl, s.late(now))
 		r.sessions = append(r.sessions, s)
 	}
 	r = nil
+	slices.SortFunc(waits, func(a, b *wait) int {
+		return cmp.Or(latter(a.late(now), b.late(now)), cmp.Compare(a.ttl, b.ttl), cmp.Compare(a.request, b.request))
+	})
 	for _, w := range waits {
-		r := room(w.ttl)
+		r := room(w.ttl, w.late(now))
 		r.waits, r.requests = append(r.waits, w), append(r.requests, w.request)
 	}
 	return list
+}
+
+// late reports whether half of the TTL has gone.
+func (s *session) late(now time.Duration) bool { return now >= s.sent+s.ttl/2 }
+func (w *wait) late(now time.Duration) bool    { return now >= w.since+w.ttl/2 }
+
+// latter sorts true behind false.
+func latter(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case a:
+		return 1
+	}
+	return -1
 }
 
 func (s *session) names() []string {

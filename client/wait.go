@@ -15,6 +15,7 @@ type wait struct {
 	ttl      time.Duration
 	next     time.Duration // when to renew
 	sent     time.Duration // when the last renewal was
+	since    time.Duration // when the last one that was answered was
 	inFlight bool
 	again    chan struct{} // buffered, one: the attempt under way waits in vain
 	client   *Client
@@ -28,7 +29,7 @@ func (c *Client) renewWait(a *acquisition) *wait {
 	if !ok {
 		w = &wait{client: c, again: make(chan struct{}, 1)}
 	}
-	w.ttl, w.next, w.sent, w.request = a.o.ttl, a.began+a.o.ttl/3, 0, a.req.GetRequestId()
+	w.ttl, w.next, w.sent, w.since, w.request = a.o.ttl, a.began+a.o.ttl/3, 0, a.began, a.req.GetRequestId()
 	w.before, w.after = &c.waits, c.waits.after
 	w.before.after, w.after.before = w, w
 	if w.next < c.wakeAt {
@@ -76,7 +77,7 @@ func (c *Client) renewedWait(w *wait, request uint64, r *pb.KeepAliveResponse_Re
 		w.next = now + min(w.ttl/20, 500*time.Millisecond)
 		return
 	}
-	w.next = w.sent + w.ttl/3
+	w.next, w.since = w.sent+w.ttl/3, w.sent
 	if r.GetProblem() == nil && r.GetWaiting() && r.GetAttached() {
 		return
 	}

@@ -71,10 +71,10 @@ func (l *loop) fades() bool {
 }
 
 // marks makes the command that marks what has faded; nil when there is nothing.
-// It must be the first of its batch, and nothing of this node's in the log: what
-// comes before it might acknowledge more time than it says.
+// It must be the first of its batch, and nothing of this node's in the log, which
+// propose sees to: what comes before it might acknowledge more time than it says.
 func (l *loop) marks() *call {
-	if len(l.inFlight) > 0 || !l.fades() {
+	if !l.fades() {
 		return nil
 	}
 	now := l.now()
@@ -123,7 +123,8 @@ func (l *loop) marksNow(t *timer, now time.Duration) bool {
 	case l.leaving != nil:
 		return l.stale(t, now)
 	}
-	return t.deadline-now <= t.span>>(t.marks&markSchedule)
+	// Not if it has been renewed meanwhile, which begins its schedule anew.
+	return t.marks&markSchedule > 0 && t.deadline-now <= t.span>>(t.marks&markSchedule)
 }
 
 // stale reports whether a lease has not been renewed for a third of its TTL, or

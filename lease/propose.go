@@ -47,8 +47,8 @@ func (l *loop) enqueue(c *call) { l.pending = append(l.pending, c) }
 
 // propose sends what is pending to the log. While a batch is in it the next one
 // gathers, until it is worth a way through the log of its own; while maxFlights
-// are, or leases have fallen due, whatever its size: what is in the log may keep
-// one of the leases, as a waiter does that has come back.
+// are, or leases have fallen due or are to be marked, whatever its size: what is
+// in the log may keep one of the leases, as a waiter does that has come back.
 func (l *loop) propose() {
 	for (len(l.inFlight) == 0 || l.beside()) && l.proposeBatch() {
 	}

@@ -381,7 +381,7 @@ func (c *cluster) trouble(r *rand.Rand) {
 	at := time.Duration(0)
 	for i := uint64(0); at < faultsFor-3*time.Second; i++ {
 		at += time.Duration(r.IntN(1500)) * time.Millisecond
-		kind, which := r.IntN(12), r.IntN(len(c.nodes))
+		kind, which := r.IntN(len(faults)), r.IntN(len(c.nodes))
 		lasts := time.Duration(r.IntN(3000)) * time.Millisecond
 		if r.IntN(2) == 0 {
 			lasts /= 10
@@ -393,7 +393,7 @@ func (c *cluster) trouble(r *rand.Rand) {
 
 var faults = [...]string{
 	"election", "election", "power cut", "power cut", "clean restart", "stopped", "stopped", "cut off", "cut off",
-	"wall clock jumps", "snapshot", "slow disk",
+	"wall clock jumps", "snapshot", "slow disk", "hand-over",
 }
 
 func (c *cluster) fault(kind, which int, lasts time.Duration, coin bool) bool {
@@ -444,8 +444,34 @@ func (c *cluster) fault(kind, which int, lasts time.Duration, coin bool) bool {
 		n.slow = true
 		later(func() { n.slow = false })
 		return false
+	case 12: // a hand-over, which may not come off
+		if c.leader != nil && c.leader.up && !c.leader.paused && c.leader.log.leads() {
+			c.handOver(c.leader, c.term)
+		}
+		return false
 	}
 	return true
+}
+
+// handOver tells a leader's manager of a hand-over. A while later, whether that
+// is ready or not, another leads, or the leadership goes on.
+func (c *cluster) handOver(from *node, term uint64) {
+	from.log.tell(lease.Leadership{Leader: true, Term: term, Leaving: make(chan struct{})})
+	to := c.nodes[c.rng.IntN(len(c.nodes))]
+	goesOn := c.rng.IntN(3) == 0
+	c.w.after(time.Duration(1+c.rng.IntN(60))*time.Millisecond, 14<<56|term, func() bool {
+		switch {
+		case c.leader != from || c.term != term || !from.log.leads():
+			return false
+		case goesOn:
+			from.log.tell(lease.Leadership{Leader: true, Term: term})
+			return false
+		case !to.up || to.paused || to.cut || to == from:
+			return false
+		}
+		c.elect(to)
+		return true
+	})
 }
 
 func (n *node) restart() {
