@@ -21,6 +21,8 @@ type Status struct {
 	Leases, Locks, Holds, Waiters int
 	// Pending counts the commands that wait for the next batch.
 	Pending int
+	// Differing counts the members whose state is not that of most voters.
+	Differing int
 }
 
 // Metrics are one server's. It is a lease.Observer; its methods may be called
@@ -66,6 +68,7 @@ func New(version string, status func() Status) *Metrics {
 			{desc("locks", "Locks that exist: held, waited for, delayed or declared."), func(s *Status) float64 { return float64(s.Locks) }},
 			{desc("holds", "Acquisitions that hold their locks."), func(s *Status) float64 { return float64(s.Holds) }},
 			{desc("waiters", "Acquisitions in queues."), func(s *Status) float64 { return float64(s.Waiters) }},
+			{desc("differing_members", "Members whose state is not that of most voters, as this node knows."), func(s *Status) float64 { return float64(s.Differing) }},
 			{desc("pending_commands", "Commands that wait for the next batch."), func(s *Status) float64 { return float64(s.Pending) }},
 		}},
 	)

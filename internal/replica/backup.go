@@ -392,6 +392,9 @@ func writeHistory(dir, nodeID, peerAddress string, s snapshot) error {
 		return err
 	}
 	const term, index = 1, 1
+	if s.view.Level() >= digestLevel { // no entry will begin it
+		s.note.Chain = &chain{Begun: index, Index: index}
+	}
 	address, transport := raft.NewInmemTransport(raft.ServerAddress(orDefault(peerAddress, nodeID)))
 	servers := raft.Configuration{Servers: []raft.Server{{ID: serverID(nodeID, id.Incarnation), Address: address}}}
 	sink, err := d.snapshots.Create(raft.SnapshotVersionMax, index, term, servers, index, transport)

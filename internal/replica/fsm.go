@@ -30,6 +30,8 @@ type fsm struct {
 	learned    func(note)                       // a note was applied or restored
 	configured func(uint64, raft.Configuration) // a configuration was committed
 	rose       atomic.Bool                      // the level has, by an entry: compact takes a snapshot
+	chain      chain                            // begun or not
+	sums       *sums                            // its recent values; may be nil
 	unread     error                            // of a snapshot that could not be restored
 	stopped    bool                             // an entry could not be applied: none after it may be
 }
@@ -41,6 +43,8 @@ type note struct {
 	// Level, in the log, is what the machine is raised to. In a snapshot the
 	// machine has it itself. The first release does not know it.
 	Level machine.Level `json:"level,omitempty"`
+	// Chain, in a snapshot, is the digest of what has been applied.
+	Chain *chain `json:"chain,omitempty"`
 }
 
 // Restored says where a history began that was restored from a backup.
@@ -73,12 +77,19 @@ func (f *fsm) Apply(l *raft.Log) any {
 		}
 		if n.Level > f.store.Level() {
 			f.store.Raise(n.Level)
+			if f.chain.Begun == 0 && n.Level >= digestLevel {
+				f.chain = chain{Begun: l.Index}
+			}
 			f.rose.Store(true)
 		}
 		if f.note.ClusterID == "" { // two leaders may both have made one up
 			f.note.ClusterID = n.ClusterID
 		}
 		f.learned(f.note)
+		if f.chain.Begun != 0 {
+			f.chain.entry(l)
+			f.chained()
+		}
 		return nil
 	}
 	batch, err := machine.DecodeBatch(l.Data)
@@ -86,7 +97,22 @@ func (f *fsm) Apply(l *raft.Log) any {
 		return f.stop(l, err)
 	}
 	batch.Term = l.Term
-	return f.store.Apply(batch)
+	out := f.store.Apply(batch)
+	if f.chain.Begun != 0 {
+		f.chain.entry(l)
+		var revision, last uint64
+		f.store.Read(func(m *machine.Machine) { revision, last = m.Revision(), uint64(m.LastToken()) })
+		f.chain.outcome(&out, revision, last)
+		f.chained()
+	}
+	return out
+}
+
+// chained lets others compare this node's digest.
+func (f *fsm) chained() {
+	if f.sums != nil {
+		f.sums.note(f.chain)
+	}
 }
 
 func (f *fsm) stop(l *raft.Log, err error) error {
@@ -96,14 +122,24 @@ func (f *fsm) stop(l *raft.Log, err error) error {
 }
 
 // StoreConfiguration implements raft.ConfigurationStore.
-func (f *fsm) StoreConfiguration(index uint64, c raft.Configuration) { f.configured(index, c) }
+func (f *fsm) StoreConfiguration(index uint64, c raft.Configuration) {
+	if f.chain.Begun != 0 && index > f.chain.Index {
+		f.chain.configuration(index, c)
+		f.chained()
+	}
+	f.configured(index, c)
+}
 
 // Snapshot implements raft.FSM: a copy-on-write view, whatever the size.
 func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
 	if f.stopped {
 		return nil, lease.ErrLogFailed
 	}
-	return snapshot{f.note, f.store.View()}, nil
+	n := f.note
+	if f.chain.Begun != 0 {
+		n.Chain = new(f.chain)
+	}
+	return snapshot{n, f.store.View()}, nil
 }
 
 // Restore implements raft.FSM.
@@ -118,6 +154,11 @@ func (f *fsm) Restore(from io.ReadCloser) error {
 		return err
 	}
 	f.note = n
+	f.note.Chain, f.chain = nil, chain{}
+	if n.Chain != nil {
+		f.chain = *n.Chain
+		f.chained()
+	}
 	f.store.Restore(m)
 	f.learned(n)
 	return nil

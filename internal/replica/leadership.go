@@ -95,8 +95,8 @@ const prepareWithin = 500 * time.Millisecond
 
 func (r *Replica) setLeaving(ready chan<- struct{}) {
 	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.leaving = ready
-	r.mu.Unlock()
 	r.tellNews()
 }
 

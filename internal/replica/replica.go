@@ -146,6 +146,8 @@ type Replica struct {
 	closing    chan struct{}
 	group      sync.WaitGroup // the goroutines of Open
 
+	sums         sums          // of what this node has applied
+	differing    atomic.Int64  // members whose state is not that of most voters
 	transferring atomic.Bool   // the leadership: nothing is confirmed meanwhile
 	stalled      atomic.Bool   // the disk has: this node does not act as leader
 	suspects     chan struct{} // buffered, one: this node may have been removed
@@ -189,6 +191,8 @@ type identity struct {
 	// Begun says that the directory has had a history: without one it has lost it.
 	Begun   bool `json:"begun,omitempty"`
 	Removed bool `json:"removed,omitempty"` // from the cluster
+	// Diverged says that the state was not that of the other voters.
+	Diverged *DivergedError `json:"diverged,omitempty"`
 }
 
 // Open opens or makes the log in cfg.Dir and starts its goroutines; Close ends
@@ -219,7 +223,7 @@ func Open(cfg Config) (_ *Replica, err error) {
 	// A history begins at the first level, whoever makes the first member: the
 	// log raises it.
 	cfg.Store.Restore(machine.NewAt(0, machine.FirstLevel))
-	r.fsm = &fsm{store: cfg.Store, newest: r.newest, fail: r.fail, learned: r.learned, configured: r.configured}
+	r.fsm = &fsm{store: cfg.Store, newest: r.newest, fail: r.fail, learned: r.learned, configured: r.configured, sums: &r.sums}
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("data directory %s: %w", cfg.Dir, cause(err))
 	}
@@ -275,7 +279,8 @@ func Open(cfg Config) (_ *Replica, err error) {
 	go r.answer()
 	go r.compact()
 	if r.peers != nil {
-		r.group.Add(2)
+		r.group.Add(3)
+		go r.compare()
 		go r.findLeader()
 		go r.guard()
 	}
@@ -327,6 +332,8 @@ func (r *Replica) identify() error {
 		switch {
 		case r.id.Removed:
 			return &RemovedError{NodeID: r.nodeID, ClusterID: r.id.ClusterID}
+		case r.id.Diverged != nil:
+			return r.id.Diverged
 		case r.cfg.NodeID != "" && r.cfg.NodeID != r.nodeID:
 			return fmt.Errorf("data directory %s belongs to node %s, not %s: start it with --node-id %s, or with another directory",
 				r.dir, r.nodeID, r.cfg.NodeID, r.nodeID)

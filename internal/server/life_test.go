@@ -97,26 +97,32 @@ func TestStopKeepsEverything(t *testing.T) {
 	}
 }
 
-// TestRestartGivesEveryLeaseItsFullTTL, since nobody knows how much of it was
-// left; and then it does end.
-func TestRestartGivesEveryLeaseItsFullTTL(t *testing.T) {
+// TestRestartGivesLeasesTheirFullTTL, or what was left of those that nobody has
+// renewed for long; and then they do end.
+func TestRestartGivesLeasesTheirFullTTL(t *testing.T) {
 	dir := t.TempDir()
-	r := start(t, durable(dir))
-	g := r.acquire("a", 10*time.Second)
+	r := start(t, durable(dir)).raised()
+	old := r.acquire("old", 10*time.Second)
 	r.clock.Advance(9 * time.Second)
+	fresh := r.acquire("fresh", 10*time.Second)
 	if err := r.stop(); err != nil {
 		t.Fatal(err)
 	}
 	r = start(t, durable(dir))
-	w := r.watch("a", 0)
-	r.clock.Advance(10*time.Second - time.Millisecond)
-	if !r.live("a", g.GetToken()) {
-		t.Fatal("ended before its full TTL")
+	ends := func(name string, token uint64, after time.Duration) {
+		t.Helper()
+		w := r.watch(name, 0)
+		r.clock.Advance(after - time.Millisecond)
+		if !r.live(name, token) {
+			t.Fatalf("%s ended early", name)
+		}
+		r.clock.Advance(11 * time.Millisecond)
+		if e := w.expect(pb.Event_KIND_ENDED); e.GetCause() != pb.EndCause_END_CAUSE_EXPIRED {
+			t.Errorf("%s ended as %v", name, e)
+		}
 	}
-	r.clock.Advance(11 * time.Millisecond)
-	if e := w.expect(pb.Event_KIND_ENDED); e.GetCause() != pb.EndCause_END_CAUSE_EXPIRED {
-		t.Errorf("ended as %v", e)
-	}
+	ends("old", old.GetToken(), time.Second)
+	ends("fresh", fresh.GetToken(), 9*time.Second-10*time.Millisecond)
 }
 
 // TestTokensRiseOverRestarts, also where nothing is kept.
@@ -151,7 +157,7 @@ func TestTokensRiseOverRestarts(t *testing.T) {
 func TestStatusAndStartLine(t *testing.T) {
 	core, logged := observer.New(zapcore.InfoLevel)
 	dir := t.TempDir()
-	r := start(t, durable(dir), func(c *Config) { c.Logger = zap.New(core) })
+	r := start(t, durable(dir), func(c *Config) { c.Logger = zap.New(core) }).raised() // and so it has its id
 	r.acquire("a", time.Minute)
 	s, err := r.cluster().Status(soon(t), &pb.StatusRequest{})
 	if err != nil {

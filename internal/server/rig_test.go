@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/distlock/distlock/lease/machine"
 	original "github.com/distlock/distlock/proto/distlock"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
@@ -68,6 +69,23 @@ func start(t *testing.T, set ...func(*Config)) *rig {
 		}
 	})
 	return r
+}
+
+// raised waits until the server uses all that it knows: a history begins at the
+// first level.
+func (r *rig) raised() *rig {
+	r.t.Helper()
+	for until := time.Now().Add(20 * time.Second); ; time.Sleep(2 * time.Millisecond) {
+		s, err := r.cluster().Status(soon(r.t), &pb.StatusRequest{})
+		switch {
+		case err != nil:
+			r.t.Fatal(err)
+		case machine.Level(s.GetLevel()) == machine.NewestLevel:
+			return r
+		case time.Now().After(until):
+			r.t.Fatalf("level %d", s.GetLevel())
+		}
+	}
 }
 
 // durable makes a server keep its log in dir.

@@ -197,8 +197,13 @@ func (s *Server) closeListeners() error {
 // status is for the metrics.
 func (s *Server) status() metrics.Status {
 	st := s.manager.Status()
+	differing := 0
+	if s.replica != nil {
+		differing = s.replica.Differing()
+	}
 	return metrics.Status{
-		Leader: st.Leader, Term: st.Term, Revision: st.Revision, LastToken: st.LastToken,
+		Differing: differing,
+		Leader:    st.Leader, Term: st.Term, Revision: st.Revision, LastToken: st.LastToken,
 		Leases: st.Leases, Locks: st.Locks, Holds: st.Holds, Waiters: st.Waiters, Pending: s.manager.Pending(),
 	}
 }

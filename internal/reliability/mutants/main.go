@@ -36,7 +36,7 @@ var layers = []layer{
 	{"shipped", []string{"client", "lease", "lease/machine"}, []string{"./internal/reliability/sim", "-run", "TestShipped", "-args", "-live", "40"}},
 	{"clients", []string{"client", "lease"}, []string{"./internal/reliability/sim", "-run", "TestRealClients"}},
 	{"files", []string{"internal/replica"}, []string{"./internal/replica", "-run", "Prefix|Flip|Damaged|Torn|FailedWrite|Killed|ManySegments"}},
-	{"members", []string{"internal/replica"}, []string{"./internal/replica", "-run", "TestA[A-Z]?[a-z]|TestLists|TestStrangers|TestEvery|TestStarts|TestNoChange|TestWhatWaits|TestGrow"}},
+	{"members", []string{"internal/replica"}, []string{"./internal/replica", "-run", "TestA[A-Z]?[a-z]|TestLists|TestStrangers|TestEvery|TestStarts|TestNoChange|TestWhatWaits|TestGrow|TestReplicas|TestDigests"}},
 	{"crashes", []string{"internal/replica"}, []string{"./internal/e2e", "-run", "TestCrashes$|TestEveryAcknowledgement", "-args", "-crashes", "6"}},
 	{"fence", []string{"fence"}, []string{"./fence", "./fence/fencetest"}},
 }

@@ -242,6 +242,130 @@ func (x *AboutResponse) GetLevel() uint32 {
 	return 0
 }
 
+type DigestRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The entry at which the asker's digest begins: those of others do not compare.
+	Begun uint64 `protobuf:"varint,1,opt,name=begun,proto3" json:"begun,omitempty"`
+	Index uint64 `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"`
+	// The asker, and its own digest: it may have stopped before it is asked.
+	NodeId        string `protobuf:"bytes,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	Sum           uint64 `protobuf:"fixed64,4,opt,name=sum,proto3" json:"sum,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DigestRequest) Reset() {
+	*x = DigestRequest{}
+	mi := &file_distlock_peer_v1_peer_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DigestRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DigestRequest) ProtoMessage() {}
+
+func (x *DigestRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_distlock_peer_v1_peer_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DigestRequest.ProtoReflect.Descriptor instead.
+func (*DigestRequest) Descriptor() ([]byte, []int) {
+	return file_distlock_peer_v1_peer_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *DigestRequest) GetBegun() uint64 {
+	if x != nil {
+		return x.Begun
+	}
+	return 0
+}
+
+func (x *DigestRequest) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *DigestRequest) GetNodeId() string {
+	if x != nil {
+		return x.NodeId
+	}
+	return ""
+}
+
+func (x *DigestRequest) GetSum() uint64 {
+	if x != nil {
+		return x.Sum
+	}
+	return 0
+}
+
+type DigestResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The entry asked for, or the member's last when it has not come there yet.
+	// 0 when it does not know any more, or has another beginning.
+	Index         uint64 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
+	Sum           uint64 `protobuf:"fixed64,2,opt,name=sum,proto3" json:"sum,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DigestResponse) Reset() {
+	*x = DigestResponse{}
+	mi := &file_distlock_peer_v1_peer_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DigestResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DigestResponse) ProtoMessage() {}
+
+func (x *DigestResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_distlock_peer_v1_peer_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DigestResponse.ProtoReflect.Descriptor instead.
+func (*DigestResponse) Descriptor() ([]byte, []int) {
+	return file_distlock_peer_v1_peer_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *DigestResponse) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *DigestResponse) GetSum() uint64 {
+	if x != nil {
+		return x.Sum
+	}
+	return 0
+}
+
 var File_distlock_peer_v1_peer_proto protoreflect.FileDescriptor
 
 const file_distlock_peer_v1_peer_proto_rawDesc = "" +
@@ -260,10 +384,19 @@ const file_distlock_peer_v1_peer_proto_rawDesc = "" +
 	"last_index\x18\x05 \x01(\x04R\tlastIndex\x12\x12\n" +
 	"\x04term\x18\x06 \x01(\x04R\x04term\x12\x16\n" +
 	"\x06leader\x18\a \x01(\bR\x06leader\x12\x14\n" +
-	"\x05level\x18\b \x01(\rR\x05level2\x9e\x01\n" +
+	"\x05level\x18\b \x01(\rR\x05level\"f\n" +
+	"\rDigestRequest\x12\x14\n" +
+	"\x05begun\x18\x01 \x01(\x04R\x05begun\x12\x14\n" +
+	"\x05index\x18\x02 \x01(\x04R\x05index\x12\x17\n" +
+	"\anode_id\x18\x03 \x01(\tR\x06nodeId\x12\x10\n" +
+	"\x03sum\x18\x04 \x01(\x06R\x03sum\"8\n" +
+	"\x0eDigestResponse\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x10\n" +
+	"\x03sum\x18\x02 \x01(\x06R\x03sum2\xeb\x01\n" +
 	"\vPeerService\x12E\n" +
 	"\x04Term\x12\x1d.distlock.peer.v1.TermRequest\x1a\x1e.distlock.peer.v1.TermResponse\x12H\n" +
-	"\x05About\x12\x1e.distlock.peer.v1.AboutRequest\x1a\x1f.distlock.peer.v1.AboutResponseB<Z:github.com/distlock/distlock/proto/distlock/peer/v1;peerv1b\x06proto3"
+	"\x05About\x12\x1e.distlock.peer.v1.AboutRequest\x1a\x1f.distlock.peer.v1.AboutResponse\x12K\n" +
+	"\x06Digest\x12\x1f.distlock.peer.v1.DigestRequest\x1a .distlock.peer.v1.DigestResponseB<Z:github.com/distlock/distlock/proto/distlock/peer/v1;peerv1b\x06proto3"
 
 var (
 	file_distlock_peer_v1_peer_proto_rawDescOnce sync.Once
@@ -277,20 +410,24 @@ func file_distlock_peer_v1_peer_proto_rawDescGZIP() []byte {
 	return file_distlock_peer_v1_peer_proto_rawDescData
 }
 
-var file_distlock_peer_v1_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_distlock_peer_v1_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
 var file_distlock_peer_v1_peer_proto_goTypes = []any{
-	(*TermRequest)(nil),   // 0: distlock.peer.v1.TermRequest
-	(*TermResponse)(nil),  // 1: distlock.peer.v1.TermResponse
-	(*AboutRequest)(nil),  // 2: distlock.peer.v1.AboutRequest
-	(*AboutResponse)(nil), // 3: distlock.peer.v1.AboutResponse
+	(*TermRequest)(nil),    // 0: distlock.peer.v1.TermRequest
+	(*TermResponse)(nil),   // 1: distlock.peer.v1.TermResponse
+	(*AboutRequest)(nil),   // 2: distlock.peer.v1.AboutRequest
+	(*AboutResponse)(nil),  // 3: distlock.peer.v1.AboutResponse
+	(*DigestRequest)(nil),  // 4: distlock.peer.v1.DigestRequest
+	(*DigestResponse)(nil), // 5: distlock.peer.v1.DigestResponse
 }
 var file_distlock_peer_v1_peer_proto_depIdxs = []int32{
 	0, // 0: distlock.peer.v1.PeerService.Term:input_type -> distlock.peer.v1.TermRequest
 	2, // 1: distlock.peer.v1.PeerService.About:input_type -> distlock.peer.v1.AboutRequest
-	1, // 2: distlock.peer.v1.PeerService.Term:output_type -> distlock.peer.v1.TermResponse
-	3, // 3: distlock.peer.v1.PeerService.About:output_type -> distlock.peer.v1.AboutResponse
-	2, // [2:4] is the sub-list for method output_type
-	0, // [0:2] is the sub-list for method input_type
+	4, // 2: distlock.peer.v1.PeerService.Digest:input_type -> distlock.peer.v1.DigestRequest
+	1, // 3: distlock.peer.v1.PeerService.Term:output_type -> distlock.peer.v1.TermResponse
+	3, // 4: distlock.peer.v1.PeerService.About:output_type -> distlock.peer.v1.AboutResponse
+	5, // 5: distlock.peer.v1.PeerService.Digest:output_type -> distlock.peer.v1.DigestResponse
+	3, // [3:6] is the sub-list for method output_type
+	0, // [0:3] is the sub-list for method input_type
 	0, // [0:0] is the sub-list for extension type_name
 	0, // [0:0] is the sub-list for extension extendee
 	0, // [0:0] is the sub-list for field type_name
@@ -307,7 +444,7 @@ func file_distlock_peer_v1_peer_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_distlock_peer_v1_peer_proto_rawDesc), len(file_distlock_peer_v1_peer_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   4,
+			NumMessages:   6,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -22,8 +22,9 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	PeerService_Term_FullMethodName  = "/distlock.peer.v1.PeerService/Term"
-	PeerService_About_FullMethodName = "/distlock.peer.v1.PeerService/About"
+	PeerService_Term_FullMethodName   = "/distlock.peer.v1.PeerService/Term"
+	PeerService_About_FullMethodName  = "/distlock.peer.v1.PeerService/About"
+	PeerService_Digest_FullMethodName = "/distlock.peer.v1.PeerService/Digest"
 )
 
 // PeerServiceClient is the client API for PeerService service.
@@ -37,6 +38,8 @@ type PeerServiceClient interface {
 	Term(ctx context.Context, in *TermRequest, opts ...grpc.CallOption) (*TermResponse, error)
 	// About tells how the member is.
 	About(ctx context.Context, in *AboutRequest, opts ...grpc.CallOption) (*AboutResponse, error)
+	// Digest tells the digest of the member's state after a log entry.
+	Digest(ctx context.Context, in *DigestRequest, opts ...grpc.CallOption) (*DigestResponse, error)
 }
 
 type peerServiceClient struct {
@@ -67,6 +70,16 @@ func (c *peerServiceClient) About(ctx context.Context, in *AboutRequest, opts ..
 	return out, nil
 }
 
+func (c *peerServiceClient) Digest(ctx context.Context, in *DigestRequest, opts ...grpc.CallOption) (*DigestResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DigestResponse)
+	err := c.cc.Invoke(ctx, PeerService_Digest_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // PeerServiceServer is the server API for PeerService service.
 // All implementations must embed UnimplementedPeerServiceServer
 // for forward compatibility.
@@ -78,6 +91,8 @@ type PeerServiceServer interface {
 	Term(context.Context, *TermRequest) (*TermResponse, error)
 	// About tells how the member is.
 	About(context.Context, *AboutRequest) (*AboutResponse, error)
+	// Digest tells the digest of the member's state after a log entry.
+	Digest(context.Context, *DigestRequest) (*DigestResponse, error)
 	mustEmbedUnimplementedPeerServiceServer()
 }
 
@@ -93,6 +108,9 @@ func (UnimplementedPeerServiceServer) Term(context.Context, *TermRequest) (*Term
 }
 func (UnimplementedPeerServiceServer) About(context.Context, *AboutRequest) (*AboutResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method About not implemented")
+}
+func (UnimplementedPeerServiceServer) Digest(context.Context, *DigestRequest) (*DigestResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Digest not implemented")
 }
 func (UnimplementedPeerServiceServer) mustEmbedUnimplementedPeerServiceServer() {}
 func (UnimplementedPeerServiceServer) testEmbeddedByValue()                     {}
@@ -151,6 +169,24 @@ func _PeerService_About_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _PeerService_Digest_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DigestRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServiceServer).Digest(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: PeerService_Digest_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServiceServer).Digest(ctx, req.(*DigestRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // PeerService_ServiceDesc is the grpc.ServiceDesc for PeerService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -165,6 +201,10 @@ var PeerService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "About",
 			Handler:    _PeerService_About_Handler,
+		},
+		{
+			MethodName: "Digest",
+			Handler:    _PeerService_Digest_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
