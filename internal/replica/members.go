@@ -161,7 +161,7 @@ func (r *Replica) PromoteMember(id string) error {
 // among them, answers in this term and has nearly all of the log. One of them
 // may still be lost a moment later.
 func (r *Replica) quorumOf(next []raft.Server, id string) error {
-	live := r.live(next)
+	live := r.live(next, func(live map[raft.ServerID]uint64) bool { return len(live) > len(next)/2 })
 	if len(live) > len(next)/2 {
 		return nil
 	}
@@ -177,8 +177,25 @@ func (r *Replica) quorumOf(next []raft.Server, id string) error {
 
 // live asks servers how they are, and returns the last index of the log that
 // each has, of those that answer in this node's term and have caught up. Only
-// the leader knows what that is.
-func (r *Replica) live(servers []raft.Server) map[raft.ServerID]uint64 {
+// the leader knows what that is. It asks again for a while until those are
+// enough: just after an election some have not heard of the term.
+func (r *Replica) live(servers []raft.Server, enough func(map[raft.ServerID]uint64) bool) map[raft.ServerID]uint64 {
+	for until := time.Now().Add(askLiveWithin); ; {
+		live := r.liveNow(servers)
+		if enough(live) || time.Now().After(until) {
+			return live
+		}
+		select {
+		case <-time.After(askLiveWithin / 20):
+		case <-r.closing:
+			return live
+		}
+	}
+}
+
+const askLiveWithin = time.Second
+
+func (r *Replica) liveNow(servers []raft.Server) map[raft.ServerID]uint64 {
 	var mu sync.Mutex
 	live := make(map[raft.ServerID]uint64)
 	term, last := r.raft.CurrentTerm(), r.raft.LastIndex()
@@ -190,16 +207,14 @@ func (r *Replica) live(servers []raft.Server) map[raft.ServerID]uint64 {
 			mu.Unlock()
 			continue
 		}
-		group.Add(1)
-		go func() {
-			defer group.Done()
+		group.Go(func() {
 			about, err := r.about(endOf(s), time.Second)
 			if err == nil && about.GetTerm() == term && about.GetLastIndex()+caughtUp >= last {
 				mu.Lock()
 				live[s.ID] = about.GetLastIndex()
 				mu.Unlock()
 			}
-		}()
+		})
 	}
 	group.Wait()
 	return live
@@ -267,7 +282,7 @@ func (r *Replica) transfer(id string) (string, error) {
 			return "", refused(id, "there is no such voter")
 		}
 	}
-	live := r.live(others)
+	live := r.live(others, func(live map[raft.ServerID]uint64) bool { return len(live) > 0 })
 	var to raft.Server
 	for _, s := range others { // the furthest
 		if last, ok := live[s.ID]; ok && !r.peers.silent(s.ID) && (to.ID == "" || last > live[to.ID]) {
