@@ -23,6 +23,8 @@ type Status struct {
 	Pending int
 	// Differing counts the members whose state is not that of most voters.
 	Differing int
+	// FailedSnapshots counts those that could not be written.
+	FailedSnapshots int
 }
 
 // Metrics are one server's. It is a lease.Observer; its methods may be called
@@ -69,6 +71,7 @@ func New(version string, status func() Status) *Metrics {
 			{desc("holds", "Acquisitions that hold their locks."), func(s *Status) float64 { return float64(s.Holds) }},
 			{desc("waiters", "Acquisitions in queues."), func(s *Status) float64 { return float64(s.Waiters) }},
 			{desc("differing_members", "Members whose state is not that of most voters, as this node knows."), func(s *Status) float64 { return float64(s.Differing) }},
+			{desc("failed_snapshots", "Snapshots that could not be written since the start."), func(s *Status) float64 { return float64(s.FailedSnapshots) }},
 			{desc("pending_commands", "Commands that wait for the next batch."), func(s *Status) float64 { return float64(s.Pending) }},
 		}},
 	)

@@ -116,6 +116,7 @@ func (r *Replica) found() {
 				r.fail(fmt.Errorf("data directory %s: %w", r.dir, cause(err)))
 				return
 			}
+			r.peers.campaign()
 		}
 		if len(missing) > 0 && !said && time.Since(began) > 2*time.Second {
 			said = true
@@ -126,6 +127,15 @@ func (r *Replica) found() {
 		case <-r.closing:
 			return
 		}
+	}
+}
+
+// campaign has this node stand for election now: nobody leads, and raft would wait
+// for a timeout first. Should it not be heard, that comes to the same.
+func (p *peers) campaign() {
+	header := raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(p.r.self), Addr: []byte(p.r.cfg.PeerAddress)}
+	if err := p.reach.TimeoutNow(p.r.self, raft.ServerAddress(p.r.cfg.PeerAddress), &raft.TimeoutNowRequest{RPCHeader: header}, &raft.TimeoutNowResponse{}); err != nil {
+		p.r.logger.Debug("raft was not told to elect this node", zap.Error(err))
 	}
 }
 

@@ -66,13 +66,45 @@ func (c *configurations) latest() configuration {
 type snapshots struct {
 	raft.SnapshotStore
 	configs *configurations
+	failed  func(error) // one could not be written; nil for nobody
 }
 
 // Create implements raft.SnapshotStore.
 func (s *snapshots) Create(version raft.SnapshotVersion, index, term uint64, servers raft.Configuration, configIndex uint64, t raft.Transport) (raft.SnapshotSink, error) {
 	sink, err := s.SnapshotStore.Create(version, index, term, servers, configIndex, t)
-	if err == nil {
+	switch {
+	case err == nil:
 		s.configs.add(configIndex, servers)
+	case s.failed != nil:
+		s.failed(err)
 	}
-	return sink, err
+	if s.failed == nil || err != nil {
+		return sink, err
+	}
+	return &watchedSink{SnapshotSink: sink, failed: s.failed}, nil
+}
+
+// watchedSink tells of a snapshot that is not written to its end.
+type watchedSink struct {
+	raft.SnapshotSink
+	failed func(error)
+	err    error
+}
+
+func (s *watchedSink) Write(p []byte) (int, error) {
+	n, err := s.SnapshotSink.Write(p)
+	if err != nil && s.err == nil {
+		s.err = err
+		s.failed(err)
+	}
+	return n, err
+}
+
+func (s *watchedSink) Close() error {
+	err := s.SnapshotSink.Close()
+	if err != nil && s.err == nil {
+		s.err = err
+		s.failed(err)
+	}
+	return err
 }

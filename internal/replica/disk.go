@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"sort"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -43,13 +44,15 @@ type disk struct {
 	last      *lastError
 	configs   configurations
 	written   atomic.Int64 // bytes since the last snapshot, about
-	since     atomic.Int64 // when the write under way began, in ns; 0 for none
+	opened    time.Time
+	since     atomic.Int64 // when the write under way began, after opened; 0 for none
+	sizes     sizes
 }
 
 // writing is how long the write under way has taken so far; 0 for none.
 func (d *disk) writing() time.Duration {
 	if since := d.since.Load(); since != 0 {
-		return time.Since(time.Unix(0, since))
+		return time.Since(d.opened) - time.Duration(since) // of the monotonic clock
 	}
 	return 0
 }
@@ -63,7 +66,8 @@ func openDisk(cfg Config, fail func(error)) (*disk, error) {
 	} else if !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("data directory %s: cannot be written: %w", cfg.Dir, cause(err))
 	}
-	d := &disk{fail: fail, synced: cfg.Synced, last: &lastError{}}
+	d := &disk{fail: fail, synced: cfg.Synced, last: &lastError{}, opened: time.Now()}
+	d.sizes.most = int(cfg.TrailingEntries)
 	logger := quiet(cfg.Logger.Named("wal"), d.last)
 	var err error
 	d.wal, err = openWAL(cfg, logger)
@@ -87,7 +91,7 @@ func openDisk(cfg Config, fail func(error)) (*disk, error) {
 		d.wal.Close()
 		return nil, fmt.Errorf("data directory %s: cannot be written: %w", cfg.Dir, cause(err))
 	}
-	d.snapshots = &snapshots{files, &d.configs}
+	d.snapshots = &snapshots{SnapshotStore: files, configs: &d.configs, failed: cfg.snapshotFailed}
 	for _, meta := range list {
 		d.configs.add(meta.ConfigurationIndex, meta.Configuration)
 	}
@@ -199,8 +203,8 @@ func (d *disk) StoreLogs(logs []*raft.Log) error {
 		sealed[i] = seal(l, uint64(i))
 		d.written.Add(int64(len(sealed[i].Data)))
 	}
-	d.since.Store(time.Now().UnixNano())
 	began := time.Now()
+	d.since.Store(max(int64(began.Sub(d.opened)), 1))
 	err := d.LogStore.StoreLogs(sealed)
 	d.since.Store(0)
 	if d.synced != nil {
@@ -211,6 +215,7 @@ func (d *disk) StoreLogs(logs []*raft.Log) error {
 		return err
 	}
 	d.configs.stored(logs)
+	d.sizes.stored(sealed)
 	return nil
 }
 
@@ -295,6 +300,7 @@ func (d *disk) check(dir string) error {
 					return &CorruptError{File: segmentOf(dir, i), Err: err}
 				}
 				d.configs.stored([]*raft.Log{&l})
+				d.sizes.stored([]*raft.Log{&l})
 			}
 		}
 		if err == nil {
@@ -512,4 +518,37 @@ func (w lines) Write(p []byte) (int, error) {
 	}
 	w.logger.Debug(text)
 	return len(p), nil
+}
+
+// sizes are those of the last entries of the log, about.
+type sizes struct {
+	mu   sync.Mutex
+	most int
+	list []int // of the last most of them at least
+}
+
+func (s *sizes) stored(logs []*raft.Log) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, l := range logs {
+		s.list = append(s.list, len(l.Data))
+	}
+	if len(s.list) > 2*s.most {
+		s.list = append(s.list[:0], s.list[len(s.list)-s.most:]...)
+	}
+}
+
+// within is how many of the last entries take no more than that many bytes
+// together; one at least.
+func (s *sizes) within(bytes int64) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := 0
+	for n < s.most && n < len(s.list) {
+		if bytes -= int64(s.list[len(s.list)-1-n]); bytes < 0 {
+			return max(n, 1)
+		}
+		n++
+	}
+	return s.most // those that are there fit
 }

@@ -261,6 +261,9 @@ func (r *Replica) TransferLeadership(id string) (leader string, err error) {
 	if r.raft.State() != raft.Leader {
 		return "", r.notLeader()
 	}
+	if r.stalled.Load() { // raft's loop is behind it
+		return "", refused("", "the disk of the leader stalls")
+	}
 	if id == r.nodeID || id == string(r.self) {
 		return r.nodeID, nil
 	}

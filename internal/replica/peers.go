@@ -672,9 +672,26 @@ func (t *transport) AppendEntries(id raft.ServerID, address raft.ServerAddress, 
 			return err
 		}
 	}
+	shorten(args)
 	err := t.NetworkTransport.AppendEntries(id, target(id, address), args, resp)
 	t.heard(id, err)
 	return err
+}
+
+// appendBytes bounds the entries of one message, whatever their number: over a
+// slow link it would take longer than raft waits for its answer, every time.
+const appendBytes = 256 << 10
+
+// shorten leaves out of a message what is beyond appendBytes. Raft goes on behind
+// the last entry that is in it.
+func shorten(args *raft.AppendEntriesRequest) {
+	bytes := 0
+	for i, l := range args.Entries {
+		if bytes += len(l.Data); bytes > appendBytes && i > 0 {
+			args.Entries = args.Entries[:i]
+			return
+		}
+	}
 }
 
 // heartbeat tells raft's heartbeats from what it replicates, which says where
@@ -797,6 +814,7 @@ func (p *pipeline) AppendEntries(args *raft.AppendEntriesRequest, resp *raft.App
 	if p.r.stalled.Load() {
 		return nil, errStalled
 	}
+	shorten(args)
 	return p.AppendPipeline.AppendEntries(args, resp)
 }
 

@@ -106,6 +106,8 @@ type Config struct {
 	dial func(ctx context.Context, address string) (net.Conn, error)
 	// wrapLog is put in front of the files by tests.
 	wrapLog func(raft.LogStore) raft.LogStore
+	// snapshotFailed is Open's own.
+	snapshotFailed func(error)
 }
 
 const (
@@ -146,14 +148,15 @@ type Replica struct {
 	closing    chan struct{}
 	group      sync.WaitGroup // the goroutines of Open
 
-	sums         sums          // of what this node has applied
-	differing    atomic.Int64  // members whose state is not that of most voters
-	transferring atomic.Bool   // the leadership: nothing is confirmed meanwhile
-	stalled      atomic.Bool   // the disk has: this node does not act as leader
-	suspects     chan struct{} // buffered, one: this node may have been removed
-	members      sync.Mutex    // held while the membership is being changed
-	saving       sync.Mutex    // held while identity.json is written
-	proposing    sync.RWMutex  // held to propose, and by Close to end that
+	sums            sums         // of what this node has applied
+	differing       atomic.Int64 // members whose state is not that of most voters
+	failedSnapshots atomic.Int64
+	transferring    atomic.Bool   // the leadership: nothing is confirmed meanwhile
+	stalled         atomic.Bool   // the disk has: this node does not act as leader
+	suspects        chan struct{} // buffered, one: this node may have been removed
+	members         sync.Mutex    // held while the membership is being changed
+	saving          sync.Mutex    // held while identity.json is written
+	proposing       sync.RWMutex  // held to propose, and by Close to end that
 
 	mu        sync.Mutex
 	id        identity
@@ -246,6 +249,7 @@ func Open(cfg Config) (_ *Replica, err error) {
 	if err := r.identify(); err != nil {
 		return nil, err
 	}
+	cfg.snapshotFailed = r.snapshotFailed
 	if r.disk, err = openDisk(cfg, r.fail); err != nil {
 		return nil, err
 	}
@@ -590,29 +594,61 @@ func (r *Replica) compact() {
 	defer r.group.Done()
 	every := time.NewTicker(time.Second)
 	defer every.Stop()
+	var notBefore time.Time // after one that failed
 	for {
 		select {
 		case <-every.C:
 		case <-r.closing:
 			return
 		}
-		due, rose := 0, r.fsm.rose.Swap(false) && r.voters() > 1
+		r.trail()
+		due, rose := 0, r.fsm.rose.Load() && r.voters() > 1
 		switch {
+		case time.Now().Before(notBefore):
 		case rose:
 			due = keep
 		case r.disk.written.Load() >= r.cfg.SnapshotBytes:
 			due = 1
 		}
-		for range due {
-			r.disk.written.Store(0)
+		for ; due > 0; due-- {
+			written := r.disk.written.Load()
 			if err := r.raft.Snapshot().Error(); err != nil && !errors.Is(err, raft.ErrNothingNewToSnapshot) {
-				r.logger.Debug("no snapshot was taken", zap.Error(err))
-				r.fsm.rose.Store(rose)
+				notBefore = time.Now().Add(snapshotAgain)
 				break
 			}
+			r.disk.written.Add(-written)
+		}
+		if rose && due == 0 {
+			r.fsm.rose.Store(false)
 		}
 	}
 }
+
+const snapshotAgain = 10 * time.Second
+
+// trail bounds the entries that stay in the log behind a snapshot, for followers
+// that are a little behind: they take a restart no longer to read than those
+// that come between snapshots.
+func (r *Replica) trail() {
+	now := r.raft.ReloadableConfig()
+	most := uint64(r.disk.sizes.within(r.cfg.SnapshotBytes))
+	if most < now.TrailingLogs || most > now.TrailingLogs*5/4 {
+		now.TrailingLogs = most
+		if err := r.raft.ReloadConfig(now); err != nil {
+			r.logger.Warn("raft does not take how many entries are to stay in the log", zap.Error(err))
+		}
+	}
+}
+
+// snapshotFailed says that a snapshot could not be written: the log grows
+// meanwhile, and a restart takes longer.
+func (r *Replica) snapshotFailed(err error) {
+	r.failedSnapshots.Add(1)
+	r.logger.Warn("a snapshot could not be written: the log grows until one can", zap.Error(cause(err)))
+}
+
+// FailedSnapshots counts the snapshots that could not be written.
+func (r *Replica) FailedSnapshots() int { return int(r.failedSnapshots.Load()) }
 
 // Err implements lease.Log.
 func (r *Replica) Err() error {
@@ -660,18 +696,19 @@ func (r *Replica) Close() error {
 		r.group.Wait()
 		close(ended)
 	}()
-	select {
-	case <-ended:
-	case <-time.After(closeWithin): // the disk hangs, most likely
-	}
+	r.await(ended)
 	if r.peers != nil {
 		r.peers.stop()
 	}
-	err := r.raft.Shutdown().Error()
-	select {
-	case <-ended:
-	case <-time.After(closeWithin):
-		err = errors.Join(err, errors.New("the log did not answer for all that it was given"))
+	over := make(chan struct{})
+	var err error
+	go func() {
+		defer close(over)
+		err = r.raft.Shutdown().Error()
+	}()
+	if !r.await(over) || !r.await(ended) {
+		// Raft has the files, and does not return.
+		return errors.New("the disk did not answer: the log could not be closed")
 	}
 	r.setLeader(func(l *leader) { *l = leader{} })
 	r.endLed()
@@ -679,6 +716,26 @@ func (r *Replica) Close() error {
 		r.peers.close()
 	}
 	return errors.Join(err, r.disk.close(), r.lock.Close())
+}
+
+// await waits until something has ended, for closeWithin at most, and no longer
+// than until a write has taken as long as that of a disk that hangs.
+func (r *Replica) await(ended <-chan struct{}) bool {
+	look := time.NewTicker(20 * time.Millisecond)
+	defer look.Stop()
+	for until := time.Now().Add(closeWithin); time.Now().Before(until) && r.disk.writing() < r.stallAfter(); {
+		select {
+		case <-ended:
+			return true
+		case <-look.C:
+		}
+	}
+	select {
+	case <-ended:
+		return true
+	default:
+		return false
+	}
 }
 
 // closeWithin bounds how long Close waits for a disk.

@@ -197,13 +197,13 @@ func (s *Server) closeListeners() error {
 // status is for the metrics.
 func (s *Server) status() metrics.Status {
 	st := s.manager.Status()
-	differing := 0
+	var differing, failed int
 	if s.replica != nil {
-		differing = s.replica.Differing()
+		differing, failed = s.replica.Differing(), s.replica.FailedSnapshots()
 	}
 	return metrics.Status{
-		Differing: differing,
-		Leader:    st.Leader, Term: st.Term, Revision: st.Revision, LastToken: st.LastToken,
+		Differing: differing, FailedSnapshots: failed,
+		Leader: st.Leader, Term: st.Term, Revision: st.Revision, LastToken: st.LastToken,
 		Leases: st.Leases, Locks: st.Locks, Holds: st.Holds, Waiters: st.Waiters, Pending: s.manager.Pending(),
 	}
 }
@@ -362,14 +362,16 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 
 	var err error
+	bounded := context.Background()
 	select {
 	case <-ctx.Done():
+		var cancel context.CancelFunc
+		bounded, cancel = context.WithTimeout(bounded, s.cfg.DrainTimeout)
+		defer cancel()
 		s.cfg.Logger.Info("stopping: calls under way may finish", zap.Duration("within", s.cfg.DrainTimeout))
 		s.transport.SetServing(false)
 		if s.cfg.PeerAddress != "" {
-			if _, err := s.replica.TransferLeadership(""); err != nil && !errors.Is(err, lease.ErrNotLeader) {
-				s.cfg.Logger.Info("the leadership was not handed over", zap.Error(err))
-			}
+			s.handOver(bounded)
 		}
 		s.manager.Drain()
 	case err = <-joined:
@@ -384,8 +386,11 @@ func (s *Server) Run(ctx context.Context) error {
 		served <- nil
 		err = fmt.Errorf("serving on %s ended: %w", s.Addr(), err)
 	}
-	bounded, cancel := context.WithTimeout(context.Background(), s.cfg.DrainTimeout)
-	defer cancel()
+	if _, ok := bounded.Deadline(); !ok { // it ends by itself
+		var cancel context.CancelFunc
+		bounded, cancel = context.WithTimeout(bounded, s.cfg.DrainTimeout)
+		defer cancel()
+	}
 	s.transport.Stop(bounded)
 	stopLoop()
 	<-managed
@@ -398,6 +403,24 @@ func (s *Server) Run(ctx context.Context) error {
 		s.cfg.Logger.Info("stopped")
 	}
 	return err
+}
+
+// handOver hands the leadership over, if this node has it, unless that takes too
+// long.
+func (s *Server) handOver(ctx context.Context) {
+	done := make(chan error, 1)
+	go func() {
+		_, err := s.replica.TransferLeadership("")
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		if err != nil && !errors.Is(err, lease.ErrNotLeader) {
+			s.cfg.Logger.Info("the leadership was not handed over", zap.Error(err))
+		}
+	case <-ctx.Done():
+		s.cfg.Logger.Warn("the leadership was not handed over in time")
+	}
 }
 
 // MetricsAddr is where metrics are served; nil when they are not.
