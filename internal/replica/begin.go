@@ -172,12 +172,12 @@ func (r *Replica) meet(names []string) (ids map[string]raft.ServerID, missing []
 
 // confirmAddress makes certain, before raft starts, that a member whose peer
 // address is not the one that its log knows is meant to be where it is, and no
-// copy of the member's directory: only a leader can say so. It fails when that
-// says no, or cannot be asked within a while.
+// copy of the member's directory: only a leader can say so, once. It fails when
+// that says no, or cannot be asked within a while.
 func (r *Replica) confirmAddress() error {
 	c := r.configuration()
 	us, member := r.server(r.self)
-	if !member || string(us.Address) == r.cfg.PeerAddress || len(voters(c.servers)) < 2 {
+	if !member || string(us.Address) == r.cfg.PeerAddress || len(voters(c.servers)) < 2 || r.confirmed() == r.cfg.PeerAddress {
 		return nil
 	}
 	moved := &MovedError{NodeID: r.nodeID, Recorded: string(us.Address), Address: r.cfg.PeerAddress}
@@ -189,7 +189,9 @@ func (r *Replica) confirmAddress() error {
 			a, err := r.peers.introduce(string(s.Address), hello{ClusterID: r.ClusterID(), Address: r.cfg.PeerAddress})
 			if err == nil && a.Leads && a.Known == r.self {
 				if a.At == r.cfg.PeerAddress {
-					return nil
+					// The next start may be one without a leader, which this
+					// member is needed to elect.
+					return r.saveIdentity(func(id *identity) { id.Address = a.At })
 				}
 				moved.Recorded = a.At
 				return moved
@@ -199,6 +201,12 @@ func (r *Replica) confirmAddress() error {
 			return fmt.Errorf("no leader could be asked: %w", moved)
 		}
 	}
+}
+
+func (r *Replica) confirmed() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.id.Address
 }
 
 // confirmAddressWithin bounds the wait for a leader.

@@ -159,6 +159,62 @@ func TestAMoveIsAgreed(t *testing.T) {
 	}
 }
 
+// A member that has lost its directory, and is started without a list, begins a
+// history alone: it ends as soon as a member of its cluster looks for it. One that
+// is there for longer does not.
+func TestAWipedMemberDoesNotLeadAlone(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	l := c.leader()
+	acquire(t, l.Replica, 0)
+	cfg := c.stop(c.nodes[c.others(l)[0]])
+	own := cfg.Dir
+	cfg.Dir, cfg.InitialCluster = t.TempDir(), nil
+	alone := c.start(cfg)
+	var replaced *ReplacedError
+	if err := stops(t, alone); !errors.As(err, &replaced) || replaced.NodeID != cfg.NodeID || replaced.ClusterID != l.ClusterID() {
+		t.Fatalf("it stopped with %v", err)
+	}
+	c.stop(alone)
+	again := c.start(cfg) // an operator insists
+	time.Sleep(time.Second)
+	if err := again.Err(); err != nil {
+		t.Errorf("it stopped with %v", err)
+	}
+	c.stop(again)
+	cfg.Dir = own
+	c.start(cfg)
+	c.same(c.leader())
+}
+
+// A member that has moved may be killed before it has that in its log, and be
+// needed to elect the next leader.
+func TestAMoveIsRememberedWithoutTheLog(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	l := c.leader()
+	acquire(t, l.Replica, 0)
+	ids := c.others(l)
+	cfg := c.stop(c.nodes[ids[0]])
+	before := copyDir(t, cfg.Dir)
+	cfg.PeerAddress = freeAddress(t)
+	if _, err := l.AddMember(cfg.NodeID, cfg.PeerAddress, ""); err != nil {
+		t.Fatal(err)
+	}
+	c.start(cfg)
+	stopped := c.stop(c.nodes[cfg.NodeID])
+	// Its log is what it was before the move, and what it was told is kept.
+	told, err := os.ReadFile(filepath.Join(stopped.Dir, identityFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(before, identityFile), told, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cfg.Dir = before
+	c.stop(c.nodes[ids[1]])
+	c.start(cfg)
+	acquire(t, c.leader().Replica, 1)
+}
+
 // Nodes of a new cluster that have different lists do not begin, and say both.
 func TestListsThatDiffer(t *testing.T) {
 	start := func(lists map[string][]string) (*cluster, map[string]string) {

@@ -315,6 +315,7 @@ func (p *peers) judge(h hello, conn net.Conn) (answer byte, a reply) {
 	case !legacy && h.To != r.self:
 		if nameOf(h.To) == r.nodeID {
 			r.logger.Warn("refused a member that looks for this node with another data directory", zap.String("node", nameOf(h.NodeID)), zap.String("cluster", h.ClusterID))
+			p.mistaken(h, conn)
 		}
 		return answerOther, a
 	case h.ClusterID != "" && ours != "" && h.ClusterID != ours:
@@ -341,6 +342,18 @@ func (p *peers) judge(h hello, conn net.Conn) (answer byte, a reply) {
 		return 0, a
 	}
 	return answerMember, reply{ClusterID: ours, NodeID: r.self, start: r.start}
+}
+
+// mistaken ends a node that has just begun a history alone, when a member of
+// another cluster looks for it: it is a member that has lost its directory, and
+// clients would be granted locks that the cluster has granted to others. One that
+// was there before this start, or that an operator made with a word like recover,
+// does not stop for others' lists.
+func (p *peers) mistaken(h hello, conn net.Conn) {
+	r := p.r
+	if r.beganAlone && h.ClusterID != "" && h.ClusterID != r.ClusterID() && len(r.configuration().servers.Servers) == 1 && p.certified(h.NodeID, conn) {
+		r.fail(excluded{&ReplacedError{NodeID: r.nodeID, Other: nameOf(h.NodeID), ClusterID: h.ClusterID}})
+	}
 }
 
 // certified tells whether a member's certificate names the host of its peer

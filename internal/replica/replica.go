@@ -142,6 +142,7 @@ type Replica struct {
 	peers      *peers // nil without a peer port
 	fsm        *fsm
 	newest     machine.Level // that this build knows
+	beganAlone bool          // a history of its own, with this start
 	leadership chan lease.Leadership
 	futures    chan inFlight
 	started    chan struct{} // closed once raft is set: raft's own goroutines begin before
@@ -191,6 +192,9 @@ type identity struct {
 	// Incarnation is the directory's; "" in those of the first builds.
 	Incarnation string `json:"incarnation,omitempty"`
 	Starts      uint64 `json:"starts,omitempty"` // with a peer port
+	// Address is the peer address that a leader has confirmed: the log may not
+	// have it yet.
+	Address string `json:"address,omitempty"`
 	// Begun says that the directory has had a history: without one it has lost it.
 	Begun   bool `json:"begun,omitempty"`
 	Removed bool `json:"removed,omitempty"` // from the cluster
@@ -462,6 +466,7 @@ func (r *Replica) startRaft() error {
 		if err := raft.BootstrapCluster(config, r.disk, r.disk.wal, r.disk.snapshots, transport, servers); err != nil {
 			return fmt.Errorf("data directory %s: %w", r.dir, cause(err))
 		}
+		r.beganAlone = true
 	}
 	r.raft, err = raft.NewRaft(config, r.fsm, r.disk, r.disk, r.disk.snapshots, transport)
 	// Raft goes on with an older snapshot, which the log may not continue.
