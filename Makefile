@@ -21,6 +21,7 @@ FAULTS        ?= 100
 WITHIN        ?= 0s
 DURATION      ?= 10m
 BELIEVE       ?= 1m
+MISTAKES      ?= 100
 # Operations that make believe goes on for at least, on one node and on three.
 BELIEVED      ?= 0
 RECORDS       ?= 1000
@@ -122,6 +123,10 @@ upgrade: ## run the build of OLD beside this one, and upgrade a cluster under lo
 .PHONY: believe
 believe: ## hold what servers have against what real clients believe, under faults, for BELIEVE
 	$(GO) test ./internal/e2e -v -timeout 0 -run TestBelieve -args -believe $(BELIEVE) -believed $(BELIEVED)
+
+.PHONY: members
+members: ## make MISTAKES sequences of operators' mistakes with a cluster, and judge what is left
+	$(GO) test ./internal/e2e -v -timeout 0 -run TestMistakes -args -mistakes $(MISTAKES) -within $(WITHIN)
 
 .PHONY: mutants
 mutants: ## plant each known bug and see which layers catch it (MUTANTS=-gate: only the one that must)

@@ -399,6 +399,7 @@ func withoutList(args []string) []string {
 
 // startTwice starts a second process on a member's directory.
 func (o *operator) startTwice(i int) {
+	o.healthy(3) // it has the directory
 	o.note("a second process on the directory of n%d", i+1)
 	o.ends(o.stranger("--peer-address", freeAddress(o.t), "--data-dir", o.dirs[i]), "another")
 }

@@ -44,6 +44,7 @@ type peers struct {
 	open    map[net.Conn]struct{} // whose greeting is not over, and raft's, which raft does not close
 	closed  bool
 	group   sync.WaitGroup
+	said    map[string]bool // see first
 }
 
 type outward struct {
@@ -314,12 +315,16 @@ func (p *peers) judge(h hello, conn net.Conn) (answer byte, a reply) {
 		return 0, a // members have said who they want for long
 	case !legacy && h.To != r.self:
 		if nameOf(h.To) == r.nodeID {
-			r.logger.Warn("refused a member that looks for this node with another data directory", zap.String("node", nameOf(h.NodeID)), zap.String("cluster", h.ClusterID))
+			if p.first("sought by " + string(h.NodeID)) {
+				r.logger.Warn("refused a member that looks for this node with another data directory", zap.String("node", nameOf(h.NodeID)), zap.String("cluster", h.ClusterID))
+			}
 			p.mistaken(h, conn)
 		}
 		return answerOther, a
 	case h.ClusterID != "" && ours != "" && h.ClusterID != ours:
-		r.logger.Warn("refused a node of another cluster", zap.String("node", nameOf(h.NodeID)), zap.String("cluster", h.ClusterID))
+		if p.first("of " + h.ClusterID + " " + string(h.NodeID)) {
+			r.logger.Warn("refused a node of another cluster", zap.String("node", nameOf(h.NodeID)), zap.String("cluster", h.ClusterID))
+		}
 		return answerStranger, reply{ClusterID: ours, NodeID: r.self}
 	}
 	index, member := r.member(h.NodeID)
@@ -327,7 +332,9 @@ func (p *peers) judge(h hello, conn net.Conn) (answer byte, a reply) {
 	case !member:
 		return answerRemoved, reply{ClusterID: ours, NodeID: r.self, Index: index}
 	case !p.certified(h.NodeID, conn):
-		r.logger.Warn("refused a node whose certificate does not name its peer address", zap.String("node", nameOf(h.NodeID)))
+		if p.first("certificate of " + string(h.NodeID)) {
+			r.logger.Warn("refused a node whose certificate does not name its peer address", zap.String("node", nameOf(h.NodeID)))
+		}
 		return 0, a
 	case legacy:
 		return answerWelcome, a
@@ -335,7 +342,9 @@ func (p *peers) judge(h hello, conn net.Conn) (answer byte, a reply) {
 	var stale *staleError
 	switch err := r.starts.see(h.NodeID, h.start); {
 	case errors.As(err, &stale):
-		r.logger.Warn("refused an old start, or a copy, of a member", zap.Error(err))
+		if p.first(err.Error()) {
+			r.logger.Warn("refused an old start, or a copy, of a member", zap.Error(err))
+		}
 		return answerStale, reply{NodeID: r.self, start: start{Start: stale.last}}
 	case err != nil:
 		r.logger.Warn("cannot write down a member's start", zap.Error(err))
@@ -344,14 +353,31 @@ func (p *peers) judge(h hello, conn net.Conn) (answer byte, a reply) {
 	return answerMember, reply{ClusterID: ours, NodeID: r.self, start: r.start}
 }
 
-// mistaken ends a node that has just begun a history alone, when a member of
-// another cluster looks for it: it is a member that has lost its directory, and
-// clients would be granted locks that the cluster has granted to others. One that
-// was there before this start, or that an operator made with a word like recover,
-// does not stop for others' lists.
+// first reports whether something is to be said for the first time: members try
+// again many times a second.
+func (p *peers) first(what string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.said[what] || len(p.said) > 1000 {
+		return false
+	}
+	if p.said == nil {
+		p.said = make(map[string]bool)
+	}
+	p.said[what] = true
+	return true
+}
+
+// mistaken ends a node that has just begun a history alone, or waits to begin
+// one, when a member of another cluster looks for it: it is a member that has
+// lost its directory, and clients would be granted locks that the cluster has
+// granted to others. One that was there before this start, or that an operator
+// made with a word like recover, does not stop for others' lists.
 func (p *peers) mistaken(h hello, conn net.Conn) {
 	r := p.r
-	if r.beganAlone && h.ClusterID != "" && h.ClusterID != r.ClusterID() && len(r.configuration().servers.Servers) == 1 && p.certified(h.NodeID, conn) {
+	servers := len(r.configuration().servers.Servers)
+	begins := r.beganAlone && servers == 1 || servers == 0 && !r.cfg.Join
+	if begins && h.ClusterID != "" && h.ClusterID != r.ClusterID() && p.certified(h.NodeID, conn) {
 		r.fail(excluded{&ReplacedError{NodeID: r.nodeID, Other: nameOf(h.NodeID), ClusterID: h.ClusterID}})
 	}
 }
