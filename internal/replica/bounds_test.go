@@ -117,6 +117,31 @@ func TestASnapshotThatFailsIsTold(t *testing.T) {
 	}
 }
 
+// The snapshots that a higher level asks for are tried again, too.
+func TestASnapshotOfANewLevelIsTriedAgain(t *testing.T) {
+	c := newCluster(t, 3, nil)
+	n := c.leader()
+	raised(t, n.Replica, machine.NewestLevel)
+	listed := func() int {
+		list, _ := n.disk.snapshots.List()
+		return len(list)
+	}
+	eventually(t, "the first are there", func() bool { return listed() == keep && !n.fsm.rose.Load() })
+	dir := filepath.Join(n.cfg.Dir, snapshotsDir)
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(dir, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n.fsm.rose.Store(true)
+	eventually(t, "one has failed", func() bool { return n.FailedSnapshots() > 0 })
+	if err := os.Remove(dir); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "they are there", func() bool { return listed() == keep })
+}
+
 // hangs is a disk that takes no write any more once it is told to.
 type hangs struct {
 	raft.LogStore

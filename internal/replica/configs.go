@@ -93,15 +93,13 @@ type watchedSink struct {
 
 func (s *watchedSink) Write(p []byte) (int, error) {
 	n, err := s.SnapshotSink.Write(p)
-	if err != nil && s.err == nil {
-		s.err = err
-		s.failed(err)
-	}
-	return n, err
+	return n, s.tell(err)
 }
 
-func (s *watchedSink) Close() error {
-	err := s.SnapshotSink.Close()
+func (s *watchedSink) Close() error { return s.tell(s.SnapshotSink.Close()) }
+
+// tell tells of the first error, and returns the one that it is given.
+func (s *watchedSink) tell(err error) error {
 	if err != nil && s.err == nil {
 		s.err = err
 		s.failed(err)

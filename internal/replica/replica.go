@@ -610,6 +610,7 @@ func (r *Replica) compact() {
 		due, rose := 0, r.fsm.rose.Load() && r.voters() > 1
 		switch {
 		case time.Now().Before(notBefore):
+			rose = false // for now
 		case rose:
 			due = keep
 		case r.disk.written.Load() >= r.cfg.SnapshotBytes:
