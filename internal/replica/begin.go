@@ -8,6 +8,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -219,19 +220,26 @@ func (r *Replica) ForeignPeers() error {
 	if r.peers == nil || r.ClusterID() == "" {
 		return nil
 	}
-	var foreign *strangerError
+	var group sync.WaitGroup
+	answers := make(chan *strangerError, len(r.cfg.InitialCluster))
 	for name, address := range r.cfg.InitialCluster {
 		if name == r.nodeID {
 			continue
 		}
-		a, err := r.peers.introduce(address, hello{Members: r.cfg.InitialCluster})
-		switch {
-		case err != nil || !a.History:
-		case a.ClusterID == r.ClusterID():
+		group.Go(func() { // at once: nothing is served meanwhile
+			if a, err := r.peers.introduce(address, hello{Members: r.cfg.InitialCluster}); err == nil && a.History && a.ClusterID != "" {
+				answers <- &strangerError{address, a}
+			}
+		})
+	}
+	group.Wait()
+	close(answers)
+	var foreign *strangerError
+	for a := range answers {
+		if a.reply.ClusterID == r.ClusterID() {
 			return nil
-		case a.ClusterID != "":
-			foreign = &strangerError{address, a}
 		}
+		foreign = a
 	}
 	if foreign != nil {
 		return fmt.Errorf("data directory %s is of cluster %s, but %w: start this node with its own cluster's addresses, or with an empty directory", r.dir, r.ClusterID(), foreign)
