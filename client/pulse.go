@@ -2,6 +2,7 @@ package client
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"go.uber.org/zap"
@@ -25,19 +26,54 @@ func (c *Client) pulse() {
 	defer c.group.Done()
 	timer := time.NewTimer(pulseEvery) // pace of the network, not of a lease
 	defer timer.Stop()
+	var far distance
 	for {
 		select {
 		case <-timer.C:
 		case <-c.ctx.Done():
 			return
 		}
-		within := c.pulseWithin()
+		within := max(c.pulseWithin(), far.within)
 		if c.waiting.Load() > 0 {
-			c.feel(within)
+			began := time.Now()
+			silent, err := c.feel(within)
+			if silent || err == nil {
+				far.learn(silent, time.Since(began), c.endpointCount())
+			}
 		}
 		timer.Reset(min(pulseEvery, within/2))
 	}
 }
+
+// distance is how far away servers are: one that answers late must not be taken
+// for one that does not, or its connections would be closed for ever, each
+// before anything came of it.
+type distance struct {
+	within   time.Duration // that an answer may take at least
+	silences int           // in a row
+}
+
+// learn takes in what a pulse has shown. Once every endpoint has been silent
+// each is given twice the time.
+func (d *distance) learn(silent bool, took time.Duration, endpoints int) {
+	if !silent {
+		d.silences = 0
+	} else if d.silences++; d.silences%endpoints != 0 {
+		return
+	}
+	d.within = min(2*took, farthest)
+}
+
+// farthest bounds how long a server is waited for.
+const farthest = 10 * time.Second
+
+func (c *Client) endpointCount() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.endpoints)
+}
+
+var errNotConnected = errors.New("not connected")
 
 // pulseWithin leaves the shortest lease that there was time for a renewal over
 // another connection, unless it is so short that a busy server would be taken
@@ -48,21 +84,22 @@ func (c *Client) pulseWithin() time.Duration {
 	return max(min(pulseWithin, c.shortest/4), pulseWithin/4)
 }
 
-// feel asks the server in use for a sign of life.
-func (c *Client) feel(within time.Duration) {
+// feel asks the server in use for a sign of life, and leaves one that gives
+// none.
+func (c *Client) feel(within time.Duration) (silent bool, err error) {
 	c.mu.Lock()
 	at, conn := c.current, c.conns[c.current]
 	endpoint := c.endpoints[at]
 	c.mu.Unlock()
 	if conn == nil {
-		return
+		return false, errNotConnected
 	}
 	ctx, cancel := context.WithTimeout(c.ctx, within)
-	_, err := healthpb.NewHealthClient(conn).Check(ctx, &healthpb.HealthCheckRequest{})
-	silent := ctx.Err() != nil && c.ctx.Err() == nil
+	_, err = healthpb.NewHealthClient(conn).Check(ctx, &healthpb.HealthCheckRequest{})
+	silent = err != nil && ctx.Err() != nil && c.ctx.Err() == nil
 	cancel()
-	if err == nil || !silent {
-		return // an error that comes at once reaches the calls too
+	if !silent {
+		return false, err // one that comes at once reaches the calls too
 	}
 	c.logger.Debug("no sign of life", zap.String("endpoint", endpoint), zap.Error(err))
 	c.mu.Lock()
@@ -72,4 +109,5 @@ func (c *Client) feel(within time.Duration) {
 	c.mu.Unlock()
 	c.elsewhere(at, "")
 	conn.Close()
+	return true, err
 }

@@ -208,8 +208,9 @@ func (c *Client) due() (due []*renewal, follow []*session, sleep time.Duration) 
 	return due, follow, max(wakeAt-now, time.Millisecond)
 }
 
-// renewals makes messages of what is due: each with TTLs of about the same
-// length, for it is waited for no longer than the shortest allows, and those of
+// renewals makes messages of what is due: each with TTLs, or paces of waits, of
+// about the same length, for its answer is awaited no longer than the shortest
+// allows, and those of
 // which half has gone apart, for the server answers them only once that is in
 // its log. The caller must hold c.mu.
 func (c *Client) renewals(now time.Duration, sessions []*session, waits []*wait) (list []*renewal) {
@@ -233,10 +234,10 @@ func (c *Client) renewals(now time.Duration, sessions []*session, waits []*wait)
 	}
 	r = nil
 	slices.SortFunc(waits, func(a, b *wait) int {
-		return cmp.Or(latter(a.late(now), b.late(now)), cmp.Compare(a.ttl, b.ttl), cmp.Compare(a.request, b.request))
+		return cmp.Or(latter(a.late(now), b.late(now)), cmp.Compare(a.pace(), b.pace()), cmp.Compare(a.request, b.request))
 	})
 	for _, w := range waits {
-		r := room(w.ttl, w.late(now))
+		r := room(w.pace(), w.late(now))
 		r.waits, r.requests = append(r.waits, w), append(r.requests, w.request)
 	}
 	return list

@@ -17,6 +17,9 @@ type wait struct {
 	sent     time.Duration // when the last renewal was
 	since    time.Duration // when the last one that was answered was
 	inFlight bool
+	slack    uint8         // how often the time that an answer may take has been doubled
+	asked    time.Duration // when the attempt under way was made
+	repeats  uint8         // attempts made because the last one waited in vain
 	again    chan struct{} // buffered, one: the attempt under way waits in vain
 	client   *Client
 
@@ -30,6 +33,7 @@ func (c *Client) renewWait(a *acquisition) *wait {
 		w = &wait{client: c, again: make(chan struct{}, 1)}
 	}
 	w.ttl, w.next, w.sent, w.since, w.request = a.o.ttl, a.began+a.o.ttl/3, 0, a.began, a.req.GetRequestId()
+	w.slack, w.asked, w.repeats = 0, a.began, 0
 	w.before, w.after = &c.waits, c.waits.after
 	w.before.after, w.after.before = w, w
 	if w.next < c.wakeAt {
@@ -43,7 +47,7 @@ func (c *Client) renewWait(a *acquisition) *wait {
 func (w *wait) of(r *pb.AcquireRequest) {
 	w.client.mu.Lock()
 	defer w.client.mu.Unlock()
-	w.request = r.GetRequestId()
+	w.request, w.asked = r.GetRequestId(), w.client.now()
 	w.drain()
 }
 
@@ -74,17 +78,38 @@ func (c *Client) renewedWait(w *wait, request uint64, r *pb.KeepAliveResponse_Re
 		return
 	}
 	if r == nil {
-		w.next = now + min(w.ttl/20, 500*time.Millisecond)
+		// A server that is far away needs longer. What it did not tell in time
+		// it has done all the same: it would keep for ever a grant that this
+		// client does not hear of.
+		if w.next = now + min(w.ttl/20, 500*time.Millisecond); w.pace() < 3*attemptFor {
+			w.slack++
+		}
 		return
 	}
 	w.next, w.since = w.sent+w.ttl/3, w.sent
+	if now-w.sent < w.ttl/3 {
+		w.slack = 0
+	}
 	if r.GetProblem() == nil && r.GetWaiting() && r.GetAttached() {
+		w.repeats = 0
 		return
 	}
 	// Granted, ended, not arrived, or waiting where no call is: the answer to
-	// another attempt says.
+	// another attempt says, unless that to the one under way is on its way. It
+	// is given twice as long each time, or it would never come where a way there
+	// and back takes longer than a renewal does.
+	if w.sent < w.asked || now < w.asked+min(20*time.Millisecond, w.ttl/8)<<w.repeats {
+		return
+	}
+	if w.repeats < 8 { // 5 s
+		w.repeats++
+	}
 	select {
 	case w.again <- struct{}{}:
 	default:
 	}
 }
+
+// pace is how long the answers to renewals may take, three times over: it
+// takes the place of the TTL.
+func (w *wait) pace() time.Duration { return w.ttl << w.slack }

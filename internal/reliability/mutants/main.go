@@ -34,7 +34,7 @@ var layers = []layer{
 	{"simulation", []string{"lease", "lease/machine", "fence"}, []string{"./internal/reliability/sim", "-run", "TestSeeds", "-args", "-seeds", "300"}},
 	{"client", []string{"client"}, []string{"./client"}},
 	{"shipped", []string{"client", "lease", "lease/machine"}, []string{"./internal/reliability/sim", "-run", "TestShipped", "-args", "-live", "40"}},
-	{"clients", []string{"client", "lease"}, []string{"./internal/reliability/sim", "-run", "TestRealClients"}},
+	{"clients", []string{"client", "lease"}, []string{"./internal/reliability/sim", "-run", "TestRealClients|TestFarAway"}},
 	{"files", []string{"internal/replica"}, []string{"./internal/replica", "-run", "Prefix|Flip|Damaged|Torn|FailedWrite|Killed|ManySegments"}},
 	{"members", []string{"internal/replica"}, []string{"./internal/replica", "-run", "TestA[A-Z]?[a-z]|TestLists|TestStrangers|TestEvery|TestStarts|TestNoChange|TestWhatWaits|TestGrow|TestReplicas|TestDigests"}},
 	{"crashes", []string{"internal/replica"}, []string{"./internal/e2e", "-run", "TestCrashes$|TestEveryAcknowledgement", "-args", "-crashes", "6"}},

@@ -227,12 +227,11 @@ func (l *Link) Freeze(frozen bool) {
 	l.ice = frozen
 }
 
-// Mend ends what Stall and Slow did.
+// Mend ends what Stall did. Who is slow, for he is far away, stays so.
 func (l *Link) Mend() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	clear(l.stall)
-	clear(l.slow)
 }
 
 // End closes the link and breaks every connection.

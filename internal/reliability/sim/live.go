@@ -7,6 +7,8 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"runtime"
+	"strings"
 	"sync"
 	"testing/synctest"
 	"time"
@@ -328,6 +330,9 @@ func RunLive(seed uint64) (ops int, err error) {
 		}()
 		err = await(done)
 	}
+	if err != nil {
+		err = fmt.Errorf("%w\nwho waits there then:\n%s\nwhat members were told:\n%s", err, waiting(), v.told())
+	}
 	close(stop)
 	err = errors.Join(err, await(result))
 	closed := make(chan error, 1)
@@ -354,6 +359,34 @@ func RunLive(seed uint64) (ops int, err error) {
 	return ops, err
 }
 
+// waiting are the goroutines of acquisitions and their attempts: where each
+// stands when a round has failed.
+func waiting() string {
+	buf := make([]byte, 16<<20)
+	buf = buf[:runtime.Stack(buf, true)]
+	var list []string
+	for _, g := range strings.Split(string(buf), "\n\n") {
+		if strings.Contains(g, "client.(*Client).acquire(") || strings.Contains(g, "client.(*stream)") {
+			list = append(list, g)
+		}
+	}
+	return strings.Join(list, "\n\n")
+}
+
+// told is the story of the members, and what their managers count now.
+func (v *live) told() string {
+	var list []string
+	for _, e := range v.w.history.Events() {
+		if e.Kind == check.Noted {
+			list = append(list, e.String())
+		}
+	}
+	for _, n := range v.w.cluster.nodes {
+		list = append(list, fmt.Sprintf("%d: %+v", n.id, n.manager.Status()))
+	}
+	return strings.Join(list, "\n")
+}
+
 // exclusive fails when a lock is believed twice at one moment.
 func exclusive(crowds believe.Crowds) error {
 	tokens := map[string]uint64{}
@@ -371,9 +404,12 @@ func exclusive(crowds believe.Crowds) error {
 // network schedules the faults between clients and servers.
 func (w *World) network(r *rand.Rand, clients int) {
 	at := time.Duration(0)
-	for i := uint64(0); at < liveFaults; i++ {
+	for i := uint64(0); ; i++ {
 		at += time.Duration(r.IntN(900)) * time.Millisecond
 		who, kind, d := r.IntN(clients), r.IntN(5), time.Duration(r.IntN(2500))*time.Millisecond
+		if at > liveFaults {
+			return
+		}
 		w.after(at, 14<<56|i, func() bool {
 			w.live.each(func(l *Link) {
 				switch kind {
