@@ -84,7 +84,7 @@ sim: ## simulate SEEDS clusters under faults, in virtual time
 
 .PHONY: shipped
 shipped: ## simulate SHIPPED clusters with the shipped client, and compare what both sides have
-	bash -o pipefail -c "$(GO) test ./internal/reliability/sim -v -timeout 0 -run TestShippedClients -args -live $(SHIPPED) | grep -v '^ *--- PASS\|^=== '"
+	GOMAXPROCS=4 bash -o pipefail -c "$(GO) test ./internal/reliability/sim -v -timeout 0 -run TestShippedClients -args -live $(SHIPPED) | grep -v '^ *--- PASS\|^=== '"
 
 .PHONY: files
 files: ## cut a log of RECORDS at every record, and flip FLIPS of its bits

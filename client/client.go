@@ -80,6 +80,7 @@ type Client struct {
 	shortest  time.Duration         // TTL of a session that there was
 	wakeAt    time.Duration         // when the renewer looks at them next
 	closed    bool
+	cluster   string // whose history the last that told was; "" for none yet
 }
 
 // Option configures a Client.
@@ -111,7 +112,8 @@ func WithDialOptions(opts ...grpc.DialOption) Option {
 }
 
 // WithOnWarning sets what is called when half of a lease's TTL has passed
-// without a successful renewal. It must not block.
+// without a successful renewal, and when another cluster answers than before. It
+// must not block.
 func WithOnWarning(fn func(Warning)) Option { return func(c *Client) { c.warn = fn } }
 
 // WithCallTimeout bounds calls that do not wait for a lock, retries included,
@@ -123,7 +125,8 @@ func WithCallTimeout(d time.Duration) Option { return func(c *Client) { c.callFo
 // by the next renewal only.
 func WithUnary() Option { return func(c *Client) { c.unary = true } }
 
-// Warning says that a lease has not been renewed for half its TTL.
+// Warning says that a lease has not been renewed for half its TTL, or, with
+// LeaseID 0 and a *ClusterError, that another cluster answers than before.
 type Warning struct {
 	LeaseID  uint64
 	Names    []string // of the locks held under it by this client

@@ -65,6 +65,17 @@ var causes = map[pb.EndCause]Cause{
 	pb.EndCause_END_CAUSE_UNDECLARED:     CauseDeleted,
 }
 
+// ClusterError tells that the server that answers has another history than the
+// one that did before: it was restored from a backup, recovered from one
+// survivor, or is another cluster behind the same address. Leases of the first
+// are not known there, and are lost; tokens go on above those of a restored or
+// recovered one only. The client goes on with what Is.
+type ClusterError struct{ Was, Is string }
+
+func (e *ClusterError) Error() string {
+	return "another cluster answers: it was " + e.Was + ", and is " + e.Is
+}
+
 // Error is an answer of the server that is not success.
 type Error struct {
 	Reason  string // machine-readable, as docs/api.md lists them; "" if gRPC's own

@@ -308,6 +308,7 @@ func (c *Client) keepAliveOnce(ctx context.Context, req *pb.KeepAliveRequest, un
 		return 0, nil, e
 	}
 	resp = answer.GetKeepAlive()
+	c.hear(resp.GetClusterId())
 	if len(resp.GetResults()) != len(req.GetLeaseIds()) {
 		return 0, nil, errors.New("the server answered another number of renewals")
 	}

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -130,6 +131,7 @@ func (s *stream) receive(rpc grpc.BidiStreamingClient[pb.MultiplexRequest, pb.Mu
 		if err != nil {
 			return err
 		}
+		s.client.hear(msg.GetClusterId())
 		var undo []*pb.Grant
 		s.mu.Lock()
 		for _, a := range msg.GetAnswers() {
@@ -307,6 +309,26 @@ func (c *Client) toldLoss(l *pb.Loss) {
 	defer c.mu.Unlock()
 	if s := c.sessions[l.GetLeaseId()]; s != nil {
 		c.lose(s, l)
+	}
+}
+
+// hear takes in which cluster answers, and tells when it is another one than
+// before. A server that keeps nothing on disk has none.
+func (c *Client) hear(cluster string) {
+	if cluster == "" {
+		return
+	}
+	c.mu.Lock()
+	was := c.cluster
+	c.cluster = cluster
+	c.mu.Unlock()
+	if was == "" || was == cluster {
+		return
+	}
+	err := &ClusterError{Was: was, Is: cluster}
+	c.logger.Warn("another cluster answers", zap.String("was", was), zap.String("is", cluster))
+	if c.warn != nil {
+		c.warn(Warning{Err: err})
 	}
 }
 

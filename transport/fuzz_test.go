@@ -33,7 +33,7 @@ func decode(data []byte, msg proto.Message) error {
 }
 
 // running is a real manager, small enough to be full at times.
-func running(f *testing.F) *lease.Manager {
+func running(f testing.TB) *lease.Manager {
 	store := lease.NewStore(0)
 	log := lease.NewMemoryLog(store)
 	m, err := lease.New(lease.Config{
@@ -154,7 +154,7 @@ func FuzzRequests(f *testing.F) {
 	}
 	m := running(f)
 	d := door{m: m}
-	locks, leases, orig := &lockService{door: d}, &leaseService{door: d}, &originalService{door: d}
+	locks, leases, orig := &lockService{door: d}, &leaseService{door: d, node: func() Node { return Node{} }}, &originalService{door: d}
 	ctx := context.Background()
 	f.Fuzz(func(t *testing.T, method uint8, data []byte) {
 		answered(t, []func() error{

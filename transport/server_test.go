@@ -622,3 +622,31 @@ func TestOnlyALostConnectionDetaches(t *testing.T) {
 		t.Errorf("the client of a lost connection got %v", err)
 	}
 }
+
+// The first answer on a stream, and each renewal that is a call of its own, tell
+// which cluster answers.
+func TestAnswersTellTheCluster(t *testing.T) {
+	node := func() Node { return Node{ID: "n1", ClusterID: "6fa1"} }
+	r := serve(t, Config{Manager: running(t), Node: node})
+	kept, err := r.leases().KeepAlive(t.Context(), &pb.KeepAliveRequest{LeaseIds: []uint64{1}})
+	if err != nil || kept.GetClusterId() != "6fa1" {
+		t.Errorf("%v, %v", kept, err)
+	}
+	stream, err := pb.NewStreamServiceClient(r.conn).Multiplex(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"6fa1", "", ""} {
+		op := &pb.Operation{Id: 1, Call: &pb.Operation_KeepAlive{KeepAlive: &pb.KeepAliveRequest{LeaseIds: []uint64{1}}}}
+		if err := stream.Send(&pb.MultiplexRequest{Operations: []*pb.Operation{op}}); err != nil {
+			t.Fatal(err)
+		}
+		msg, err := stream.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if msg.GetClusterId() != want || len(msg.GetAnswers()) != 1 || msg.GetAnswers()[0].GetKeepAlive().GetClusterId() != "" {
+			t.Errorf("%v, want the cluster %q", msg, want)
+		}
+	}
+}

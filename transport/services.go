@@ -214,6 +214,7 @@ func (s *lockService) Watch(r *pb.WatchRequest, stream pb.LockService_WatchServe
 type leaseService struct {
 	pb.UnimplementedLeaseServiceServer
 	door
+	node func() Node
 }
 
 func (s *leaseService) Grant(ctx context.Context, r *pb.GrantRequest) (*pb.GrantResponse, error) {
@@ -229,7 +230,11 @@ func (s *leaseService) KeepAlive(ctx context.Context, r *pb.KeepAliveRequest) (*
 	if err != nil {
 		return nil, err
 	}
-	return keptAlive(reply.KeptAlive)
+	kept, err := keptAlive(reply.KeptAlive)
+	if err == nil {
+		kept.ClusterId = s.node().ClusterID
+	}
+	return kept, err
 }
 
 func (s *leaseService) Revoke(ctx context.Context, r *pb.RevokeRequest) (*pb.RevokeResponse, error) {

@@ -78,6 +78,11 @@ func (r *runner) run() error {
 	signal.Notify(signals, forwarded...)
 	defer signal.Stop(signals)
 	c, err := r.dial(client.WithOnWarning(func(w client.Warning) {
+		var other *client.ClusterError
+		if errors.As(w.Err, &other) && w.LeaseID == 0 {
+			fmt.Fprintln(os.Stderr, "distlock: "+other.Error())
+			return
+		}
 		fmt.Fprintln(os.Stderr, "distlock: no renewal for half the TTL; the command ends if this lasts")
 	}))
 	if err != nil {

@@ -169,3 +169,25 @@ func TestRunKilled(t *testing.T) {
 	cmd.Wait()
 	waitFor(t, ctx, func() bool { return !alive(child) && !alive(grandchild) })
 }
+
+// TestRunAnotherCluster: whoever holds a lock is told that the server which
+// answers has another history than the one before, and that the lock is lost.
+func TestRunAnotherCluster(t *testing.T) {
+	srv := startServer(t, "--data-dir", t.TempDir())
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	started := t.TempDir() + "/started"
+	var output bytes.Buffer
+	cmd := srv.run(ctx, &output, "job", "--ttl", "6s", "--", "sh", "-c", "echo $$ >"+started+"; sleep 60")
+	readPID(t, ctx, started)
+	srv.kill()
+	srv.args = []string{"--data-dir", t.TempDir()}
+	srv.start()
+	if code := exitCode(cmd.Wait()); code != 76 {
+		t.Errorf("exit code %d, want 76", code)
+	}
+	if got := output.String(); !strings.Contains(got, "distlock: another cluster answers: it was ") {
+		t.Error(got)
+	}
+	t.Logf("output: %s", output.String())
+}

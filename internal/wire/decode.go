@@ -218,18 +218,22 @@ func unmarshalResponse(data []byte, msg *pb.MultiplexResponse) error {
 	n := 0
 	if !fields(data, func(field protowire.Number, _ uint64, text []byte) bool {
 		n++
-		return (field == 1 || field == 2) && text != nil
+		return (field == 1 || field == 2 || field == 3 && utf8.Valid(text)) && text != nil
 	}) {
 		return proto.Unmarshal(data, msg)
 	}
 	var err error
 	msg.Answers = make([]*pb.Answer, 0, n)
 	fields(data, func(field protowire.Number, _ uint64, text []byte) bool {
-		if field == 2 {
+		switch field {
+		case 2:
 			loss := &pb.Loss{}
 			err = proto.Unmarshal(text, loss)
 			msg.Losses = append(msg.Losses, loss)
 			return err == nil
+		case 3:
+			msg.ClusterId = string(text)
+			return true
 		}
 		a := answer(text)
 		if a == nil {

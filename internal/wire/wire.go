@@ -215,5 +215,8 @@ func appendGrant(b []byte, g *pb.Grant) []byte {
 	return b
 }
 
+// AppendCluster appends the id of the cluster to a MultiplexResponse.
+func AppendCluster(b []byte, id string) []byte { return appendString(b, 3, id) }
+
 // AppendLoss appends one loss of a MultiplexResponse.
 func AppendLoss(b []byte, l *pb.Loss) ([]byte, error) { return appendMessage(b, 2, l) }

@@ -63,7 +63,7 @@ func responses() []*pb.MultiplexResponse {
 		{},
 	}
 	losses := []*pb.Loss{{LeaseId: 1, Cause: pb.EndCause(2), By: "me"}, {}}
-	list := []*pb.MultiplexResponse{{}, {Answers: answers, Losses: losses}, {Losses: losses}}
+	list := []*pb.MultiplexResponse{{}, {Answers: answers, Losses: losses}, {Losses: losses}, {ClusterId: "6fa1"}, {Answers: answers, Losses: losses, ClusterId: "6fa1"}}
 	for _, a := range answers {
 		list = append(list, &pb.MultiplexResponse{Answers: []*pb.Answer{a}})
 	}
@@ -167,6 +167,7 @@ func TestResponsesAreProtobufs(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+		got = AppendCluster(got, msg.GetClusterId())
 		if !bytes.Equal(got, want) {
 			t.Errorf("%v\n%x\nprotobuf says\n%x", msg, got, want)
 		}
@@ -321,6 +322,7 @@ func FuzzResponse(f *testing.F) {
 				t.Fatal(err)
 			}
 		}
+		encoded = AppendCluster(encoded, msg.GetClusterId())
 		if err := proto.Unmarshal(encoded, again); err != nil || !proto.Equal(msg, again) {
 			t.Fatalf("%v became %v: %v", msg, again, err)
 		}

@@ -220,7 +220,8 @@ func (w *World) enter() func() {
 const (
 	liveTTL     = 2 * time.Second
 	liveFaults  = faultsFor - 3*time.Second
-	livePatient = 4*liveTTL + 10*time.Second // an operation may take twice the longest TTL, and a call ten seconds
+	slowest     = 250 * time.Millisecond     // there and back: twice the longest that network adds
+	livePatient = 4*liveTTL + 10*time.Second // an operation may take twice the longest TTL, and a call ten seconds; giving back many locks, one by one, more
 )
 
 // RunLive simulates a seed with clients of package client: faults, and then a
@@ -325,7 +326,7 @@ func RunLive(seed uint64) (ops int, err error) {
 		done := make(chan error, 1)
 		go func() {
 			var err error
-			ops, err = believe.Round(context.Background(), look, crowds, livePatient)
+			ops, err = believe.Round(context.Background(), look, crowds, livePatient+time.Duration(locks)*slowest)
 			done <- err
 		}()
 		err = await(done)

@@ -2038,7 +2038,10 @@ type KeepAliveResponse struct {
 	// In the order asked.
 	Results []*KeepAliveResponse_Result `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
 	// In the order asked.
-	Requests      []*KeepAliveResponse_Request `protobuf:"bytes,2,rep,name=requests,proto3" json:"requests,omitempty"`
+	Requests []*KeepAliveResponse_Request `protobuf:"bytes,2,rep,name=requests,proto3" json:"requests,omitempty"`
+	// Of a call of its own, not on a stream: the cluster whose history this is, as
+	// ClusterService.Status has it. Empty where nothing is kept on disk.
+	ClusterId     string `protobuf:"bytes,3,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2085,6 +2088,13 @@ func (x *KeepAliveResponse) GetRequests() []*KeepAliveResponse_Request {
 		return x.Requests
 	}
 	return nil
+}
+
+func (x *KeepAliveResponse) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
 }
 
 // Loss tells that a lease ended otherwise than by the word of who has it, or
@@ -4048,10 +4058,12 @@ const file_distlock_v1_distlock_proto_rawDesc = "" +
 	"\x10KeepAliveRequest\x12\x1b\n" +
 	"\tlease_ids\x18\x01 \x03(\x04R\bleaseIds\x12\x1f\n" +
 	"\vrequest_ids\x18\x02 \x03(\x04R\n" +
-	"requestIds\"\xba\x04\n" +
+	"requestIds\"\xd9\x04\n" +
 	"\x11KeepAliveResponse\x12?\n" +
 	"\aresults\x18\x01 \x03(\v2%.distlock.v1.KeepAliveResponse.ResultR\aresults\x12B\n" +
-	"\brequests\x18\x02 \x03(\v2&.distlock.v1.KeepAliveResponse.RequestR\brequests\x1a\xc6\x01\n" +
+	"\brequests\x18\x02 \x03(\v2&.distlock.v1.KeepAliveResponse.RequestR\brequests\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x03 \x01(\tR\tclusterId\x1a\xc6\x01\n" +
 	"\x06Result\x12\x19\n" +
 	"\blease_id\x18\x01 \x01(\x04R\aleaseId\x12+\n" +
 	"\x03ttl\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\x12.\n" +

@@ -326,7 +326,11 @@ type MultiplexResponse struct {
 	// What was lost of leases granted or renewed on this stream, soon after it
 	// happened. A stream that is slow to read may miss some: the next renewal
 	// tells as well.
-	Losses        []*Loss `protobuf:"bytes,2,rep,name=losses,proto3" json:"losses,omitempty"`
+	Losses []*Loss `protobuf:"bytes,2,rep,name=losses,proto3" json:"losses,omitempty"`
+	// Of one message of a stream, the first unless the server has just begun: the
+	// cluster whose history this is, as ClusterService.Status has it. Empty where
+	// nothing is kept on disk.
+	ClusterId     string `protobuf:"bytes,3,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -373,6 +377,13 @@ func (x *MultiplexResponse) GetLosses() []*Loss {
 		return x.Losses
 	}
 	return nil
+}
+
+func (x *MultiplexResponse) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
 }
 
 // Answer ends one operation.
@@ -684,10 +695,12 @@ const file_distlock_v1_stream_proto_rawDesc = "" +
 	" \x01(\v2\x1a.distlock.v1.CancelRequestH\x00R\x06cancelB\x06\n" +
 	"\x04call\"\x1f\n" +
 	"\rCancelRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\x04R\x02id\"m\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\"\x8c\x01\n" +
 	"\x11MultiplexResponse\x12-\n" +
 	"\aanswers\x18\x01 \x03(\v2\x13.distlock.v1.AnswerR\aanswers\x12)\n" +
-	"\x06losses\x18\x02 \x03(\v2\x11.distlock.v1.LossR\x06losses\"\xbc\x04\n" +
+	"\x06losses\x18\x02 \x03(\v2\x11.distlock.v1.LossR\x06losses\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x03 \x01(\tR\tclusterId\"\xbc\x04\n" +
 	"\x06Answer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x120\n" +
 	"\afailure\x18\x02 \x01(\v2\x14.distlock.v1.FailureH\x00R\afailure\x128\n" +
