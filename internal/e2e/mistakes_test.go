@@ -25,8 +25,8 @@ var (
 )
 
 // TestMistakes lets an operator make mistakes with a cluster of three, one after
-// the other, each mended by what the docs say, while members are killed, stopped
-// and started: directories are lost, copied, set back and started twice, members
+// the other, each mended by what the docs say, while members are killed, stopped,
+// cut off and started: directories are lost, copied, set back and started twice, members
 // get other addresses and lists, leave and come back, and in the end two of three
 // are lost. Meanwhile locks are granted. No token may be granted twice, nothing that was
 // acknowledged be lost without a word like recover, and the members' states must be
@@ -53,10 +53,13 @@ type operator struct {
 	t       *testing.T
 	rng     *rand.Rand
 	dir     string
+	net     *partitions
 	members []*server
-	peers   []string
+	peers   []string // addresses, of a proxy before each
+	listen  []string // where they listen themselves
 	dirs    []string
 	list    string
+	mending sync.WaitGroup
 	extra   int // directories made beside the members'
 	did     []string
 	c       *client.Client
@@ -68,8 +71,10 @@ type operator struct {
 
 func newOperator(t *testing.T, seed uint64) *operator {
 	o := &operator{t: t, rng: rand.New(rand.NewPCG(seed, 7)), dir: t.TempDir(), acked: map[string]uint64{}, by: map[uint64]string{}}
+	o.net = newPartitions(t)
 	for i := range 3 {
-		o.peers = append(o.peers, freeAddress(t))
+		o.listen = append(o.listen, freeAddress(t))
+		o.peers = append(o.peers, o.net.before(fmt.Sprintf("n%d", i+1), o.listen[i]))
 		o.dirs = append(o.dirs, filepath.Join(o.dir, fmt.Sprintf("n%d", i+1)))
 	}
 	o.list = fmt.Sprintf("n1=%s,n2=%s,n3=%s", o.peers[0], o.peers[1], o.peers[2])
@@ -82,6 +87,7 @@ func newOperator(t *testing.T, seed uint64) *operator {
 		m.spawn()
 	}
 	t.Cleanup(func() {
+		o.mending.Wait()
 		for i, m := range o.members {
 			m.kill()
 			if t.Failed() {
@@ -102,8 +108,8 @@ func newOperator(t *testing.T, seed uint64) *operator {
 }
 
 func (o *operator) args(i int, more ...string) []string {
-	return append([]string{"--node-id", fmt.Sprintf("n%d", i+1), "--peer-address", o.peers[i], "--data-dir", o.dirs[i],
-		"--initial-cluster", o.list, "--drain-timeout", "1s"}, more...)
+	return append([]string{"--node-id", fmt.Sprintf("n%d", i+1), "--peer-address", o.peers[i], "--peer-listen", o.listen[i],
+		"--data-dir", o.dirs[i], "--initial-cluster", o.list, "--drain-timeout", "1s"}, more...)
 }
 
 func (o *operator) note(format string, args ...any) {
@@ -259,14 +265,40 @@ func (o *operator) copyOf(dir string) string {
 	return ""
 }
 
-// disturb kills or stops a member now and then, which comes back by itself.
+// disturb kills, stops or cuts off a member now and then, which comes back by
+// itself.
 func (o *operator) disturb() {
-	switch i := o.rng.IntN(3); o.rng.IntN(4) {
+	switch i := o.rng.IntN(3); o.rng.IntN(5) {
 	case 0:
 		o.crash(i)
 	case 1:
 		o.pause(i)
+	case 2, 3:
+		o.cut(i)
 	}
+}
+
+// cut cuts a member off for a while, from one or both of the others, both ways or
+// one; what comes next begins meanwhile.
+func (o *operator) cut(i int) {
+	var ways []way
+	a := fmt.Sprintf("n%d", i+1)
+	for k := range 3 {
+		if b := fmt.Sprintf("n%d", k+1); k != i {
+			for _, w := range []way{{a, b}, {b, a}} {
+				if o.rng.IntN(4) > 0 {
+					ways = append(ways, w)
+				}
+			}
+		}
+	}
+	d := time.Duration(o.rng.IntN(4000)) * time.Millisecond
+	o.note("cut for %v: %v", d, ways)
+	o.net.set(true, ways...)
+	o.mending.Go(func() {
+		time.Sleep(d)
+		o.net.mend()
+	})
 }
 
 func (o *operator) crash(i int) {
@@ -317,9 +349,15 @@ func (o *operator) join(i int) {
 	o.note("%s joins", name)
 	m := o.members[i]
 	other := o.members[(i+1+o.rng.IntN(2))%3]
-	m.args = []string{"--node-id", name, "--peer-address", o.peers[i], "--data-dir", o.dirs[i], "--join", other.address, "--drain-timeout", "1s"}
+	m.args = o.joining(i, other)
 	m.spawn()
 	o.healthy(3)
+}
+
+// joining is how a node is started that is to join through another.
+func (o *operator) joining(i int, through *server) []string {
+	return []string{"--node-id", fmt.Sprintf("n%d", i+1), "--peer-address", o.peers[i], "--peer-listen", o.listen[i],
+		"--data-dir", o.dirs[i], "--join", through.address, "--drain-timeout", "1s"}
 }
 
 // wipeAndJoin skips the removal.
@@ -329,7 +367,7 @@ func (o *operator) wipeAndJoin(i int) {
 	o.rename(o.dirs[i], o.aside())
 	m := o.members[i]
 	usual := m.args
-	m.args = []string{"--node-id", fmt.Sprintf("n%d", i+1), "--peer-address", o.peers[i], "--data-dir", o.dirs[i], "--join", o.members[(i+1)%3].address}
+	m.args = o.joining(i, o.members[(i+1)%3])
 	m.spawn()
 	o.ends(m, "another data directory")
 	m.args = usual
@@ -352,7 +390,7 @@ func (o *operator) copyInPlace(i int) {
 	m.spawn()
 	o.healthy(3)
 	m.kill()
-	twin := &server{t: o.t, address: m.address, args: []string{"--peer-address", o.peers[i], "--data-dir", old}}
+	twin := &server{t: o.t, address: m.address, args: []string{"--peer-address", o.peers[i], "--peer-listen", o.listen[i], "--data-dir", old}}
 	twin.spawn()
 	o.t.Cleanup(twin.kill)
 	o.ends(twin, "this is start")
@@ -387,8 +425,10 @@ func (o *operator) wrongAddress(i int) {
 func (o *operator) move(i int) {
 	m := o.members[i]
 	m.kill()
-	o.peers[i] = freeAddress(o.t)
+	o.listen[i] = freeAddress(o.t)
+	o.peers[i] = o.net.before(fmt.Sprintf("n%d", i+1), o.listen[i])
 	m.args[slices.Index(m.args, "--peer-address")+1] = o.peers[i]
+	m.args[slices.Index(m.args, "--peer-listen")+1] = o.listen[i]
 	m.args = withoutList(m.args)
 	o.must("cluster", "add", fmt.Sprintf("n%d", i+1), o.peers[i])
 	m.spawn()
@@ -499,14 +539,14 @@ func (o *operator) loseTwo(survivor int) {
 		o.t.Fatalf("recover: %v: %s", err, out)
 	}
 	name := fmt.Sprintf("n%d", survivor+1)
-	o.members[survivor].args = []string{"--node-id", name, "--peer-address", o.peers[survivor], "--data-dir", o.dirs[survivor]}
+	o.members[survivor].args = []string{"--node-id", name, "--peer-address", o.peers[survivor], "--peer-listen", o.listen[survivor], "--data-dir", o.dirs[survivor]}
 	o.members[survivor].spawn()
 	o.healthy(1)
 	for i, m := range o.members {
 		if i == survivor {
 			continue
 		}
-		m.args = []string{"--node-id", fmt.Sprintf("n%d", i+1), "--peer-address", o.peers[i], "--data-dir", o.dirs[i], "--join", o.members[survivor].address}
+		m.args = o.joining(i, o.members[survivor])
 		m.spawn()
 	}
 	o.healthy(3)
