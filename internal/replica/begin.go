@@ -87,6 +87,31 @@ func (p *peers) whoIs(name, address string) (raft.ServerID, error) {
 	return a.NodeID, nil
 }
 
+// keepList keeps the list of a new cluster, before anybody is answered: the node
+// may be one of its first members before it knows, and must not begin alone
+// when it is started again without the list.
+func (r *Replica) keepList() error {
+	if r.cfg.Join || len(r.configuration().servers.Servers) > 0 {
+		return nil
+	}
+	kept, given := r.id.List, r.cfg.InitialCluster // Open's goroutine is the only one
+	switch {
+	case len(given) > 1 && maps.Equal(given, kept):
+	case len(given) > 1:
+		if err := r.saveIdentity(func(id *identity) { id.List = given }); err != nil {
+			return fmt.Errorf("data directory %s: cannot be written: %w", r.dir, cause(err))
+		}
+	case len(kept) == 0:
+	case given != nil:
+		return &ListError{NodeID: r.nodeID, Ours: addresses(given), Other: "before that", Theirs: addresses(kept)}
+	case r.peers == nil || kept[r.nodeID] != r.cfg.PeerAddress:
+		return fmt.Errorf("data directory %s is of a node of a new cluster that has not begun, %s: start it with --peer-address %s", r.dir, addresses(kept), kept[r.nodeID])
+	default:
+		r.cfg.InitialCluster = kept
+	}
+	return nil
+}
+
 // betweenIntroductions is how long a node waits before it asks again.
 const betweenIntroductions = 100 * time.Millisecond
 
@@ -145,12 +170,11 @@ func (p *peers) campaign() {
 func (r *Replica) meet(names []string) (ids map[string]raft.ServerID, missing []string, err error) {
 	list := r.cfg.InitialCluster
 	ids = map[string]raft.ServerID{r.nodeID: r.self}
-	for _, name := range names {
-		if name == r.nodeID {
-			continue
-		}
-		a, err := r.peers.introduce(list[name], hello{Members: list})
+	answers := r.askAll(names, hello{Members: list})
+	for i, name := range names {
+		a, err := answers[i].reply, answers[i].err
 		switch {
+		case name == r.nodeID:
 		case err != nil:
 			missing = append(missing, fmt.Sprintf("%s (%s)", name, list[name]))
 		case a.History && a.Known == r.self: // it has begun without our noticing
@@ -169,6 +193,30 @@ func (r *Replica) meet(names []string) (ids map[string]raft.ServerID, missing []
 		}
 	}
 	return ids, missing, nil
+}
+
+// introduction is how a node answered one.
+type introduction struct {
+	reply
+	err error
+}
+
+var errItself = errors.New("the node itself")
+
+// askAll introduces this node to those of cfg.InitialCluster, at once: they may
+// be far away.
+func (r *Replica) askAll(names []string, h hello) []introduction {
+	answers := make([]introduction, len(names))
+	var group sync.WaitGroup
+	for i, name := range names {
+		if name == r.nodeID {
+			answers[i].err = errItself
+			continue
+		}
+		group.Go(func() { answers[i].reply, answers[i].err = r.peers.introduce(r.cfg.InitialCluster[name], h) })
+	}
+	group.Wait()
+	return answers
 }
 
 // confirmAddress makes certain, before raft starts, that a member whose peer
@@ -220,26 +268,16 @@ func (r *Replica) ForeignPeers() error {
 	if r.peers == nil || r.ClusterID() == "" {
 		return nil
 	}
-	var group sync.WaitGroup
-	answers := make(chan *strangerError, len(r.cfg.InitialCluster))
-	for name, address := range r.cfg.InitialCluster {
-		if name == r.nodeID {
-			continue
-		}
-		group.Go(func() { // at once: nothing is served meanwhile
-			if a, err := r.peers.introduce(address, hello{Members: r.cfg.InitialCluster}); err == nil && a.History && a.ClusterID != "" {
-				answers <- &strangerError{address, a}
-			}
-		})
-	}
-	group.Wait()
-	close(answers)
+	names := slices.Sorted(maps.Keys(r.cfg.InitialCluster))
 	var foreign *strangerError
-	for a := range answers {
-		if a.reply.ClusterID == r.ClusterID() {
+	for i, a := range r.askAll(names, hello{Members: r.cfg.InitialCluster}) {
+		switch {
+		case a.err != nil || !a.History || a.ClusterID == "":
+		case a.ClusterID == r.ClusterID():
 			return nil
+		default:
+			foreign = &strangerError{r.cfg.InitialCluster[names[i]], a.reply}
 		}
-		foreign = a
 	}
 	if foreign != nil {
 		return fmt.Errorf("data directory %s is of cluster %s, but %w: start this node with its own cluster's addresses, or with an empty directory", r.dir, r.ClusterID(), foreign)

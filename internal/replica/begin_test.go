@@ -2,6 +2,7 @@ package replica
 
 import (
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -96,5 +97,45 @@ func TestFailedWriteInBootstrap(t *testing.T) {
 		if err := <-returned; err == nil {
 			t.Errorf("the store broke at look %d, and nobody said so", in)
 		}
+	}
+}
+
+// TestAListIsKept: a node that was started as one of three, and then without the
+// list or with one of itself, must not begin alone: the others may count on it.
+func TestAListIsKept(t *testing.T) {
+	c := &cluster{t: t, net: newNetwork(), nodes: make(map[string]*node)}
+	list := map[string]string{"n1": freeAddress(t), "n2": freeAddress(t), "n3": freeAddress(t)}
+	begin := func(id string) *node {
+		return c.start(Config{NodeID: id, PeerAddress: list[id], InitialCluster: list})
+	}
+	n2 := begin("n2")
+	usual := c.stop(n2)
+	for _, row := range []struct {
+		change func(*Config)
+		want   string
+	}{
+		{func(cfg *Config) { cfg.InitialCluster = map[string]string{"n2": list["n2"]} }, "before that with --initial-cluster " + addresses(list)},
+		{func(cfg *Config) { cfg.InitialCluster, cfg.PeerAddress = nil, freeAddress(t) }, "that has not begun"},
+		{func(cfg *Config) { cfg.InitialCluster, cfg.PeerAddress = nil, "" }, "start it with --peer-address " + list["n2"]},
+	} {
+		cfg := usual
+		row.change(&cfg)
+		if _, err := c.tryStart(cfg); err == nil || !strings.Contains(err.Error(), row.want) {
+			t.Errorf("%v, want %q", err, row.want)
+		}
+	}
+	cfg := usual
+	cfg.InitialCluster = nil
+	c.start(cfg)
+	begin("n1")
+	begin("n3")
+	c.leader()
+	for _, id := range []string{"n1", "n2", "n3"} {
+		n := c.nodes[id]
+		eventually(t, "no list in the directory of "+id, func() bool {
+			n.mu.Lock()
+			defer n.mu.Unlock()
+			return n.id.Begun && n.id.List == nil
+		})
 	}
 }

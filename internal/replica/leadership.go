@@ -335,7 +335,7 @@ func (r *Replica) learned(n note) {
 	switch ours := r.ClusterID(); {
 	case n.ClusterID == "", n.ClusterID == ours && r.begun(): // a snapshot may be from before the cluster got its id
 	case ours == "", n.ClusterID == ours:
-		if err := r.saveIdentity(func(id *identity) { id.ClusterID, id.Begun = n.ClusterID, true }); err != nil {
+		if err := r.saveIdentity(func(id *identity) { id.ClusterID, id.Begun, id.List = n.ClusterID, true, nil }); err != nil {
 			r.fail(fmt.Errorf("cannot write who this node is: %w", cause(err)))
 		}
 	default:

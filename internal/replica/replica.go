@@ -195,6 +195,8 @@ type identity struct {
 	// Address is the peer address that a leader has confirmed: the log may not
 	// have it yet.
 	Address string `json:"address,omitempty"`
+	// List is cfg.InitialCluster, until the cluster has begun.
+	List map[string]string `json:"initialCluster,omitempty"`
 	// Begun says that the directory has had a history: without one it has lost it.
 	Begun   bool `json:"begun,omitempty"`
 	Removed bool `json:"removed,omitempty"` // from the cluster
@@ -441,6 +443,9 @@ func (r *Replica) startRaft() error {
 	if err := r.forgetHalfBegun(); err != nil {
 		return &CorruptError{File: r.dir, Err: err}
 	}
+	if err := r.keepList(); err != nil {
+		return err
+	}
 	if r.peers != nil {
 		if err := r.confirmAddress(); err != nil {
 			return err
@@ -453,7 +458,7 @@ func (r *Replica) startRaft() error {
 	if !existing && r.begun() {
 		return &CorruptError{File: filepath.Join(r.dir, metaFile), Err: errors.New("the log is gone")}
 	}
-	fixed := len(cfg.InitialCluster) > 1 && r.peers != nil
+	fixed := len(r.cfg.InitialCluster) > 1 && r.peers != nil
 	if !existing && !cfg.Join {
 		if id := r.ClusterID(); id != "" { // two histories would go by one name
 			return fmt.Errorf("data directory %s is of a node that cluster %s took in and that has nothing of its log yet: start it with --join", r.dir, id)
