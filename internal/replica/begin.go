@@ -184,6 +184,8 @@ func (r *Replica) meet(names []string) (ids map[string]raft.ServerID, missing []
 				nameOf(a.NodeID), list[name], a.ClusterID, r.nodeID, r.nodeID)
 		case a.History:
 			return nil, nil, &ReplacedError{NodeID: r.nodeID, Other: nameOf(a.NodeID), ClusterID: a.ClusterID}
+		case a.Members == nil: // it may have lost the directory of a member, or be one of the list by mistake
+			missing = append(missing, fmt.Sprintf("%s (%s was started with --join)", name, list[name]))
 		case !maps.Equal(a.Members, list):
 			return nil, nil, &ListError{NodeID: r.nodeID, Ours: addresses(list), Other: nameOf(a.NodeID), Theirs: addresses(a.Members)}
 		case nameOf(a.NodeID) != name:

@@ -139,3 +139,22 @@ func TestAListIsKept(t *testing.T) {
 		})
 	}
 }
+
+// TestAListOutlivesWhoJoins: a member that has lost its directory and is started
+// with --join is no reason for one that waits for its new cluster to give up: the
+// third has what it waits for.
+func TestAListOutlivesWhoJoins(t *testing.T) {
+	c := &cluster{t: t, net: newNetwork(), nodes: make(map[string]*node)}
+	list := map[string]string{"n1": freeAddress(t), "n2": freeAddress(t), "n3": freeAddress(t)}
+	c.start(Config{NodeID: "n1", PeerAddress: list["n1"], Join: true})
+	n3 := c.start(Config{NodeID: "n3", PeerAddress: list["n3"], InitialCluster: list})
+	for range 3 {
+		ids, missing, err := n3.meet([]string{"n1", "n2", "n3"})
+		if err != nil || len(ids) != 1 || len(missing) != 2 || !strings.Contains(missing[0], "was started with --join") {
+			t.Errorf("%v, missing %q: %v", ids, missing, err)
+		}
+	}
+	if err := n3.Err(); err != nil {
+		t.Error(err)
+	}
+}
