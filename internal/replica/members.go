@@ -52,8 +52,9 @@ func (r *Replica) Members() (list []lease.Member, leader string, term uint64) {
 	for _, m := range list {
 		furthest = max(furthest, m.AppliedIndex)
 	}
+	near := r.near()
 	for i := range list { // who answers and is far behind is no help yet
-		list[i].Healthy = list[i].Healthy && list[i].AppliedIndex+caughtUp >= furthest
+		list[i].Healthy = list[i].Healthy && list[i].AppliedIndex+near >= furthest
 	}
 	slices.SortFunc(list, func(a, b lease.Member) int { return strings.Compare(a.ID, b.ID) })
 	return list, nameOf(known.id), r.raft.CurrentTerm()
@@ -146,7 +147,7 @@ func (r *Replica) PromoteMember(id string) error {
 		if err := r.knowsLevel(endOf(s)); err != nil {
 			return err
 		}
-		if last := r.raft.LastIndex(); about.GetAppliedIndex()+caughtUp < last {
+		if last := r.raft.LastIndex(); about.GetAppliedIndex()+r.near() < last {
 			return refused(id, fmt.Sprintf("it is %d log entries behind; promote it once it has caught up", last-about.GetAppliedIndex()))
 		}
 		if err := r.quorumOf(append(voters(c.servers), s), id); err != nil {
@@ -198,7 +199,7 @@ const askLiveWithin = time.Second
 func (r *Replica) liveNow(servers []raft.Server) map[raft.ServerID]uint64 {
 	var mu sync.Mutex
 	live := make(map[raft.ServerID]uint64)
-	term, last := r.raft.CurrentTerm(), r.raft.LastIndex()
+	term, last, near := r.raft.CurrentTerm(), r.raft.LastIndex(), r.near()
 	var group sync.WaitGroup
 	for _, s := range servers {
 		if s.ID == r.self {
@@ -209,7 +210,7 @@ func (r *Replica) liveNow(servers []raft.Server) map[raft.ServerID]uint64 {
 		}
 		group.Go(func() {
 			about, err := r.about(endOf(s), time.Second)
-			if err == nil && about.GetTerm() == term && about.GetLastIndex()+caughtUp >= last {
+			if err == nil && about.GetTerm() == term && about.GetLastIndex()+near >= last {
 				mu.Lock()
 				live[s.ID] = about.GetLastIndex()
 				mu.Unlock()
@@ -220,9 +221,15 @@ func (r *Replica) liveNow(servers []raft.Server) map[raft.ServerID]uint64 {
 	return live
 }
 
-// caughtUp is how many entries a learner may be behind to get its vote: it
-// keeps up while there is load.
-const caughtUp = 1000
+// A member that is no further behind has caught up: it keeps up while there is
+// load, with some batches of up to 4 MiB on their way.
+const (
+	caughtUp      = 1000 // entries
+	caughtUpBytes = 8 << 20
+)
+
+// near is how many entries that is.
+func (r *Replica) near() uint64 { return uint64(min(caughtUp, r.disk.sizes.within(caughtUpBytes))) }
 
 // RemoveMember takes a node out of the cluster. A leader that is to remove
 // itself hands over first, and answers ErrNotLeader: ask the next one. Errors:

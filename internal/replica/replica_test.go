@@ -653,3 +653,28 @@ func TestTornWriteOfSeveralEntries(t *testing.T) {
 		}
 	}
 }
+
+// TestHowFarBehind: with large entries few are too many to have caught up.
+func TestHowFarBehind(t *testing.T) {
+	r := open(t, Config{Dir: t.TempDir()})
+	defer r.Close()
+	acquire(t, r, 0)
+	if got := r.near(); got != caughtUp {
+		t.Errorf("of small entries %d", got)
+	}
+	pad := strings.Repeat("x", 4000)
+	for i := range 25 {
+		var batch []machine.Command
+		for k := range 256 {
+			n := 1 + i*256 + k
+			batch = append(batch, &machine.Acquire{Request: machine.RequestID(n + 1), Names: []string{fmt.Sprint("large/", n)}, Mode: machine.Exclusive, TTL: 1e9,
+				Metadata: []machine.Meta{{Key: "pad", Value: pad}}})
+		}
+		if _, err := propose(r, batch...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := r.near(); got < 7 || got > 8 { // of about 1 MiB each
+		t.Errorf("of large entries %d", got)
+	}
+}
