@@ -71,7 +71,7 @@ func (l *loop) renewFor(t *timer, from time.Duration) bool {
 		return false
 	}
 	// Only the deadline moves; the wheel notices at the old one.
-	if t.deadline = max(t.deadline, later(from, t.span)); !t.marked() {
+	if t.deadline = max(t.deadline, later(from, t.span)); !t.marked() || l.unmarked() { // not refused marks either
 		t.marks = 0
 	}
 	return true

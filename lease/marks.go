@@ -47,6 +47,10 @@ func (t *timer) shorten(left, now time.Duration) {
 	}
 }
 
+// unmarked reports that no lease is marked, nor will be by what is in the log:
+// while everybody renews in time, which costs them nothing then.
+func (l *loop) unmarked() bool { return l.marksOut == 0 && l.counts.Marks == 0 }
+
 // marking is the part of the loop that marks.
 type marking struct {
 	fading    []*timer        // that have not been renewed for long: propose looks at them again
@@ -166,6 +170,9 @@ func (l *loop) left() {
 // after which it answers c. The deadlines move at once, or the leases could
 // expire meanwhile.
 func (l *loop) clears(c *confirmation, leases []ID, requests []RequestID, received time.Duration) bool {
+	if l.unmarked() {
+		return false
+	}
 	var list []ID
 	renew := func(id ID) {
 		if t := l.leases[id]; t != nil && l.renewFor(t, received) && t.marked() {

@@ -18,7 +18,7 @@ func (m *state) LastToken() fence.Token { return fence.Token(m.minted) }
 func (m *state) Counts() Counts {
 	return Counts{
 		Leases: m.leases.Len(), Locks: m.locks.Len(), Waiters: m.waits,
-		Holds: m.holds, Remembered: m.memory.len(),
+		Holds: m.holds, Remembered: m.memory.len(), Marks: m.marks.Len(),
 	}
 }
 

@@ -252,4 +252,6 @@ type Event struct {
 // Counts are the sizes of the machine's tables.
 type Counts struct {
 	Leases, Locks, Waiters, Holds, Remembered int
+
+	Marks int // of leases
 }
