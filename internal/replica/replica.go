@@ -682,8 +682,12 @@ func (r *Replica) fail(err error) {
 }
 
 // Close implements lease.Log.
-func (r *Replica) Close() error {
-	r.proposing.Lock() // nobody is between looking at closed and handing over
+func (r *Replica) Close() error { return r.CloseWithin(closeWithin) }
+
+// CloseWithin is Close that waits so long at most for a disk that may hang.
+func (r *Replica) CloseWithin(d time.Duration) error {
+	until := time.Now().Add(d) // of the process
+	r.proposing.Lock()         // nobody is between looking at closed and handing over
 	r.mu.Lock()
 	if r.closed {
 		r.mu.Unlock()
@@ -707,7 +711,7 @@ func (r *Replica) Close() error {
 		r.group.Wait()
 		close(ended)
 	}()
-	r.await(ended)
+	r.await(ended, until)
 	if r.peers != nil {
 		r.peers.stop()
 	}
@@ -717,7 +721,7 @@ func (r *Replica) Close() error {
 		defer close(over)
 		err = r.raft.Shutdown().Error()
 	}()
-	if !r.await(over) || !r.await(ended) {
+	if !r.await(over, until) || !r.await(ended, until) {
 		// Raft has the files, and does not return.
 		return errors.New("the disk did not answer: the log could not be closed")
 	}
@@ -729,12 +733,12 @@ func (r *Replica) Close() error {
 	return errors.Join(err, r.disk.close(), r.lock.Close())
 }
 
-// await waits until something has ended, for closeWithin at most, and no longer
-// than until a write has taken as long as that of a disk that hangs.
-func (r *Replica) await(ended <-chan struct{}) bool {
+// await waits until something has ended, until a time at most, and no longer than
+// until a write has taken as long as that of a disk that hangs.
+func (r *Replica) await(ended <-chan struct{}, until time.Time) bool {
 	look := time.NewTicker(20 * time.Millisecond)
 	defer look.Stop()
-	for until := time.Now().Add(closeWithin); time.Now().Before(until) && r.disk.writing() < r.stallAfter(); {
+	for time.Now().Before(until) && r.disk.writing() < r.stallAfter() {
 		select {
 		case <-ended:
 			return true

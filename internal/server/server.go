@@ -288,6 +288,18 @@ func (s *Server) node() transport.Node {
 	return n
 }
 
+// closeLog waits for a disk that may hang as long as the drain lasts, and for one
+// that works a little longer.
+func (s *Server) closeLog(bounded context.Context) error {
+	if s.replica == nil {
+		return s.log.Close()
+	}
+	deadline, _ := bounded.Deadline()
+	return s.replica.CloseWithin(max(time.Until(deadline), leastClose))
+}
+
+const leastClose = 500 * time.Millisecond
+
 // Addr is where the server listens.
 func (s *Server) Addr() net.Addr { return s.listener.Addr() }
 
@@ -396,7 +408,7 @@ func (s *Server) Run(ctx context.Context) error {
 	<-managed
 	<-served
 	s.listener.Close()
-	if closeErr := s.log.Close(); closeErr != nil && err == nil {
+	if closeErr := s.closeLog(bounded); closeErr != nil && err == nil {
 		err = closeErr
 	}
 	if err == nil {
