@@ -36,6 +36,7 @@ func TestAWipedVoterHasNoVote(t *testing.T) {
 	l := c.leader()
 	ids := c.others(l)
 	behind, wiped := ids[0], ids[1]
+	c.same(l) // who has nothing yet cannot say that there is a history
 	cfgBehind := c.stop(c.nodes[behind])
 	acquire(t, l.Replica, 0)
 	cfgWiped := c.stop(c.nodes[wiped])
