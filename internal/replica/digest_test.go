@@ -208,3 +208,43 @@ func TestSums(t *testing.T) {
 		t.Errorf("%d %+v", begun, last)
 	}
 }
+
+// BenchmarkApply applies batches of 32 acquisitions and 32 releases, as under
+// full load, and apart from that takes what each did into a digest: both are of
+// one run, and their ratio counts.
+func BenchmarkApply(b *testing.B) {
+	store := lease.NewStore(0)
+	store.Restore(machine.NewAt(0, machine.NewestLevel))
+	f := &fsm{store: store, newest: machine.NewestLevel, fail: func(err error) { b.Error(err) }, sums: &sums{}}
+	index := uint64(1)
+	entry := func() *raft.Log {
+		token := store.View().LastToken()
+		batch := machine.Batch{Stamp: 1}
+		for k := range 32 {
+			request := machine.RequestID(index*32) + machine.RequestID(k)
+			batch.Commands = append(batch.Commands, &machine.Acquire{Request: request, Names: []string{fmt.Sprint("orders/", k)}, Mode: machine.Exclusive, TTL: 1e9, Owner: "host:1"})
+		}
+		for k := range 32 {
+			token++
+			batch.Commands = append(batch.Commands, &machine.Release{Name: fmt.Sprint("orders/", k), Token: token})
+		}
+		index++
+		return &raft.Log{Index: index, Term: 2, Data: machine.AppendBatch(nil, &batch)}
+	}
+	b.Run("apply", func(b *testing.B) {
+		for b.Loop() {
+			b.StopTimer()
+			l := entry()
+			b.StartTimer()
+			f.Apply(l)
+		}
+	})
+	b.Run("digest", func(b *testing.B) {
+		l := entry()
+		out := f.Apply(l).(machine.Outcome)
+		f.chain = chain{Begun: 1}
+		for b.Loop() {
+			f.digest(l, &out)
+		}
+	})
+}
