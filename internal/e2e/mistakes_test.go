@@ -20,7 +20,7 @@ import (
 )
 
 var (
-	mistakes      = flag.Int("mistakes", 1, "how many sequences TestMistakes runs")
+	mistakes      = flag.Int("mistakes", 2, "how many sequences TestMistakes runs")
 	firstMistakes = flag.Uint64("first-mistakes", 4, "the first of them; 0 for one at random")
 )
 
