@@ -39,12 +39,13 @@ type peers struct {
 	network  *raft.NetworkTransport
 	reach    *transport // what raft sends by
 
-	mu      sync.Mutex
-	outward map[outward]*grpc.ClientConn
-	open    map[net.Conn]struct{} // whose greeting is not over, and raft's, which raft does not close
-	closed  bool
-	group   sync.WaitGroup
-	said    map[string]bool // see first
+	mu        sync.Mutex
+	outward   map[outward]*grpc.ClientConn
+	strangers *strangers
+	open      map[net.Conn]struct{} // whose greeting is not over, and raft's, which raft does not close
+	closed    bool
+	group     sync.WaitGroup
+	said      map[string]bool // see first
 }
 
 type outward struct {
@@ -76,6 +77,7 @@ const (
 	greetingMagic  = "distlock peer 1\n"
 	maxHello       = 1 << 12
 	greetWithin    = 3 * time.Second
+	maxStrangers   = 256 // connections on which nobody has said yet who it is
 	answerWelcome  = 'w' // of the builds before incarnations
 	answerMember   = 'W' // welcome, and who it is
 	answerStranger = 's' // of another cluster
@@ -149,7 +151,7 @@ func listenPeers(r *Replica) (*peers, error) {
 	p := &peers{
 		r: r, listener: l, grpc: grpc.NewServer(),
 		raft: newConns(l.Addr()), peer: newConns(l.Addr()), forward: newConns(l.Addr()),
-		outward: make(map[outward]*grpc.ClientConn), open: make(map[net.Conn]struct{}),
+		strangers: newStrangers(maxStrangers), outward: make(map[outward]*grpc.ClientConn), open: make(map[net.Conn]struct{}),
 	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	peerpb.RegisterPeerServiceServer(p.grpc, &peerService{r: r})
@@ -185,7 +187,6 @@ func (p *peers) serve() {
 
 func (p *peers) accept() {
 	defer p.group.Done()
-	slots := make(chan struct{}, 256) // greetings under way
 	for {
 		conn, err := p.listener.Accept()
 		if err != nil {
@@ -199,13 +200,16 @@ func (p *peers) accept() {
 			}
 			continue
 		}
-		select {
-		case slots <- struct{}{}:
-		case <-p.ctx.Done():
-			conn.Close()
-			return
+		p.mu.Lock()
+		in, out := p.strangers.enter(conn)
+		p.mu.Unlock()
+		if out != nil {
+			out.conn.Close() // which ends its goroutine
+			if p.first("many from " + out.source) {
+				p.r.logger.Warn("closing connections to the peer port that do not say who they are", zap.String("from", out.source), zap.Int("moreThan", maxStrangers))
+			}
 		}
-		if !p.start(func() { p.greeted(conn); <-slots }) {
+		if !p.start(func() { p.greeted(in) }) {
 			conn.Close()
 		}
 	}
@@ -227,19 +231,20 @@ func (p *peers) start(fn func()) bool {
 }
 
 // greeted hears who connects, and hands the connection to whom it is for.
-func (p *peers) greeted(conn net.Conn) {
+func (p *peers) greeted(in *visit) {
+	raw := in.conn
 	p.mu.Lock()
 	if p.closed {
 		p.mu.Unlock()
-		conn.Close()
+		raw.Close()
 		return
 	}
-	p.open[conn] = struct{}{}
+	p.open[raw] = struct{}{}
 	p.mu.Unlock()
-	conn.SetDeadline(time.Now().Add(greetWithin))
-	raw := conn
-	kind, conn, ok := p.hear(conn)
+	raw.SetDeadline(time.Now().Add(greetWithin))
+	kind, conn, ok := p.hear(raw)
 	p.mu.Lock()
+	p.strangers.leave(in)
 	delete(p.open, raw)
 	if ok && kind == kindRaft {
 		conn = &tracked{conn, p}
