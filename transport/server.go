@@ -97,6 +97,9 @@ type Config struct {
 	Refused func(reason string)
 	// MaxStreams bounds the calls under way on one connection; 0 is 10,000.
 	MaxStreams uint32
+	// MaxConnections bounds the connections of clients; 0 sets no bound. Calls on
+	// more are answered RESOURCE_EXHAUSTED.
+	MaxConnections int
 }
 
 // Server is the gRPC server with all services.
@@ -104,6 +107,8 @@ type Server struct {
 	grpc     *grpc.Server
 	health   *health.Server
 	forward  *forwarder
+	most     int             // connections of clients, 0 for no bound
+	refusing *refusing       // answers those for which there is no room
 	stopping context.Context // ends when Stop begins
 	stop     context.CancelFunc
 }
@@ -129,6 +134,7 @@ func NewServer(cfg Config) *Server {
 	}
 	s := &Server{
 		stopping: stopping, stop: stop, forward: forward,
+		most: cfg.MaxConnections, refusing: newRefusing(cfg.MaxConnections, cfg.Refused),
 		grpc: grpc.NewServer(
 			grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto"), cfg.MaxMessageBytes}),
 			grpc.MaxRecvMsgSize(4*cfg.MaxMessageBytes),
@@ -177,7 +183,21 @@ func (s *Server) SetServing(serving bool) {
 }
 
 // Serve accepts connections of clients until Stop; it returns nil then.
-func (s *Server) Serve(l net.Listener) error { return s.grpc.Serve(markedListener{l, false}) }
+func (s *Server) Serve(l net.Listener) error {
+	if s.most > 0 {
+		l = Limit(l, s.most, s.refusing.conns.put)
+		refused := make(chan struct{})
+		go func() {
+			defer close(refused)
+			s.refusing.server.Serve(s.refusing.conns)
+		}()
+		defer func() {
+			s.refusing.server.Stop()
+			<-refused
+		}()
+	}
+	return s.grpc.Serve(markedListener{l, false})
+}
 
 // ServePeers does the same for connections on which other members forward
 // calls of their clients.

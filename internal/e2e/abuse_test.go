@@ -197,3 +197,75 @@ func raiseFiles(t *testing.T, n uint64) {
 		t.Fatalf("raising the limit of open files to %d: %v", n, err)
 	}
 }
+
+// TestTooManyConnections: with few descriptors clients that only connect cannot
+// keep the log from its files. A call on a connection too many is answered, and
+// when the others have gone there is room again.
+func TestTooManyConnections(t *testing.T) {
+	dir := t.TempDir()
+	srv := &server{t: t, address: freeAddress(t), args: []string{"--data-dir", dir, "--snapshot-mib", "1"},
+		wrap: []string{"sh", "-c", `ulimit -n 128; exec "$0" "$@"`}}
+	srv.start()
+	t.Cleanup(func() {
+		srv.kill()
+		if t.Failed() {
+			t.Logf("server log:\n%s", srv.logs())
+		}
+	})
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	c, err := client.New([]string{srv.address})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	held, err := c.Acquire(ctx, "held", client.TTL(2*time.Second))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var idle []net.Conn
+	for range 300 {
+		conn, err := net.Dial("tcp", srv.address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		idle = append(idle, conn)
+	}
+	late, err := client.New([]string{srv.address}, client.WithCallTimeout(5*time.Second))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer late.Close()
+	waitFor(t, ctx, func() bool {
+		_, err := late.Acquire(ctx, "late")
+		if err == nil {
+			t.Fatal("there was room")
+		}
+		return errors.Is(err, client.ErrExhausted) && strings.Contains(err.Error(), "connections")
+	})
+	// Snapshots are written meanwhile, which open files.
+	pad := map[string]string{"pad": strings.Repeat("x", 4000)}
+	for i := range 1000 {
+		l, err := c.Acquire(ctx, fmt.Sprint("lock/", i), client.Metadata(pad))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := l.Release(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := held.Err(); err != nil {
+		t.Errorf("who had a connection lost the lock: %v", err)
+	}
+	if strings.Contains(srv.logs(), "too many open files") {
+		t.Error("descriptors have run out")
+	}
+	for _, conn := range idle {
+		conn.Close()
+	}
+	waitFor(t, ctx, func() bool {
+		_, err := late.Acquire(ctx, "late")
+		return err == nil
+	})
+}

@@ -74,16 +74,16 @@ const (
 // The greeting: magic, kind, and a hello with its length before it. The answer
 // is a byte and, unless it is answerWelcome, a reply with its length.
 const (
-	greetingMagic  = "distlock peer 1\n"
-	maxHello       = 1 << 12
-	greetWithin    = 3 * time.Second
-	maxStrangers   = 256 // connections on which nobody has said yet who it is
-	answerWelcome  = 'w' // of the builds before incarnations
-	answerMember   = 'W' // welcome, and who it is
-	answerStranger = 's' // of another cluster
-	answerRemoved  = 'x'
-	answerOther    = 'o' // not whom the caller looks for
-	answerStale    = 'd' // the caller has been started again since
+	greetingMagic       = "distlock peer 1\n"
+	maxHello            = 1 << 12
+	greetWithin         = 3 * time.Second
+	defaultMaxStrangers = 256
+	answerWelcome       = 'w' // of the builds before incarnations
+	answerMember        = 'W' // welcome, and who it is
+	answerStranger      = 's' // of another cluster
+	answerRemoved       = 'x'
+	answerOther         = 'o' // not whom the caller looks for
+	answerStale         = 'd' // the caller has been started again since
 )
 
 // hello says who calls whom. Members go by their ServerIDs. The builds before
@@ -151,7 +151,7 @@ func listenPeers(r *Replica) (*peers, error) {
 	p := &peers{
 		r: r, listener: l, grpc: grpc.NewServer(),
 		raft: newConns(l.Addr()), peer: newConns(l.Addr()), forward: newConns(l.Addr()),
-		strangers: newStrangers(maxStrangers), outward: make(map[outward]*grpc.ClientConn), open: make(map[net.Conn]struct{}),
+		strangers: newStrangers(r.cfg.MaxStrangers), outward: make(map[outward]*grpc.ClientConn), open: make(map[net.Conn]struct{}),
 	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	peerpb.RegisterPeerServiceServer(p.grpc, &peerService{r: r})
@@ -206,7 +206,7 @@ func (p *peers) accept() {
 		if out != nil {
 			out.conn.Close() // which ends its goroutine
 			if p.first("many from " + out.source) {
-				p.r.logger.Warn("closing connections to the peer port that do not say who they are", zap.String("from", out.source), zap.Int("moreThan", maxStrangers))
+				p.r.logger.Warn("closing connections to the peer port that do not say who they are", zap.String("from", out.source), zap.Int("moreThan", p.strangers.max))
 			}
 		}
 		if !p.start(func() { p.greeted(in) }) {

@@ -74,6 +74,9 @@ type Config struct {
 	PeerAddress string
 	// PeerListen is the address to listen on for them; "" is PeerAddress.
 	PeerListen string
+	// MaxStrangers bounds the connections to the peer port on which nobody has
+	// said yet who it is.
+	MaxStrangers int
 	// InitialCluster has the peer addresses, by node id, of the members that
 	// a new cluster begins with, this one among them; nil for this one alone.
 	// A directory that has been used knows its members and ignores it.
@@ -218,6 +221,7 @@ func Open(cfg Config) (_ *Replica, err error) {
 	cfg.SegmentSize = orDefault(cfg.SegmentSize, defaultSegmentSize)
 	cfg.ElectionTimeout = orDefault(cfg.ElectionTimeout, DefaultElectionTimeout)
 	cfg.PeerListen = orDefault(cfg.PeerListen, cfg.PeerAddress)
+	cfg.MaxStrangers = orDefault(cfg.MaxStrangers, defaultMaxStrangers)
 	r := &Replica{
 		cfg: cfg, dir: cfg.Dir, logger: cfg.Logger,
 		leadership: make(chan lease.Leadership),

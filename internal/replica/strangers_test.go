@@ -60,7 +60,7 @@ func TestIdleStrangersKeepNobodyOut(t *testing.T) {
 		}
 	}()
 	flood := func(address string) {
-		for range 3 * maxStrangers {
+		for range 3 * defaultMaxStrangers {
 			conn, err := net.Dial("tcp", address)
 			if err != nil {
 				t.Fatal(err)

@@ -3,6 +3,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -52,7 +53,10 @@ type Config struct {
 	ElectionTimeout  time.Duration // default 200ms
 
 	// MaxWorkers bounds the requests being worked on at once; 0 for no bound.
-	MaxWorkers      int
+	MaxWorkers int
+	// MaxConnections bounds the connections of clients; 0 is what the limit of
+	// open files leaves.
+	MaxConnections  int
 	MaxMessageBytes int // default 1 MiB
 	Bounds          lease.Bounds
 	// DrainTimeout bounds how long calls under way may take to finish once
@@ -78,6 +82,7 @@ type Server struct {
 	manager   *lease.Manager
 	transport *transport.Server
 	started   time.Time
+	files     files
 
 	metrics         *metrics.Metrics // nil without an address
 	metricsListener net.Listener
@@ -103,7 +108,10 @@ func New(cfg Config) (*Server, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
-	s := &Server{cfg: cfg, listener: cfg.Listener, started: cfg.Clock.Now()}
+	s := &Server{cfg: cfg, listener: cfg.Listener, started: cfg.Clock.Now(), files: shareFiles()}
+	if room := s.files.connections; cfg.MaxConnections > room {
+		return nil, fmt.Errorf("the limit of open files leaves room for %d connections of clients, and %d are asked for: raise it (ulimit -n), or give a lower --max-connections", room, cfg.MaxConnections)
+	}
 	if err := s.listen(); err != nil {
 		return nil, err
 	}
@@ -122,6 +130,8 @@ func (c *Config) validate() error {
 	switch {
 	case c.Port < 0 || c.Port > 65535:
 		return fmt.Errorf("the port must be from 0 to 65535, and is %d", c.Port)
+	case c.MaxConnections < 0:
+		return fmt.Errorf("the number of connections must not be negative, and is %d", c.MaxConnections)
 	case c.MaxWorkers < 0:
 		return fmt.Errorf("the number of workers must not be negative, and is %d", c.MaxWorkers)
 	case c.MaxMessageBytes < 0 || c.MaxMessageBytes > 64<<20:
@@ -181,7 +191,7 @@ func (s *Server) listenMetrics() error {
 	if err != nil {
 		return fmt.Errorf("metrics: %w", err)
 	}
-	s.metricsListener = l
+	s.metricsListener = transport.Limit(l, s.files.metrics, nil)
 	s.metrics = metrics.New(s.cfg.Version, s.status)
 	return nil
 }
@@ -225,7 +235,7 @@ func (s *Server) open() error {
 		s.log = lease.NewMemoryLog(store)
 	} else {
 		r, err := replica.Open(replica.Config{
-			Dir: s.cfg.DataDir, Store: store, Logger: s.cfg.Logger, Version: s.cfg.Version, SnapshotBytes: s.cfg.SnapshotBytes,
+			MaxStrangers: s.files.strangers, Dir: s.cfg.DataDir, Store: store, Logger: s.cfg.Logger, Version: s.cfg.Version, SnapshotBytes: s.cfg.SnapshotBytes,
 			NodeID: s.cfg.NodeID, PeerAddress: s.cfg.PeerAddress, PeerListen: s.cfg.PeerListen,
 			InitialCluster: s.cfg.InitialCluster, Join: s.cfg.Join != "", PeerTLS: s.cfg.PeerTLS,
 			ElectionTimeout: s.cfg.ElectionTimeout, ClientAddress: s.clientAddress(), Synced: synced,
@@ -248,7 +258,7 @@ func (s *Server) open() error {
 	s.manager = manager
 	config := transport.Config{
 		Manager: manager, Node: s.node, Logger: s.cfg.Logger,
-		Workers: s.cfg.MaxWorkers, MaxMessageBytes: s.cfg.MaxMessageBytes, Refused: refused,
+		MaxConnections: cmp.Or(s.cfg.MaxConnections, s.files.connections), Workers: s.cfg.MaxWorkers, MaxMessageBytes: s.cfg.MaxMessageBytes, Refused: refused,
 	}
 	if s.replica != nil {
 		config.Cluster = s.replica

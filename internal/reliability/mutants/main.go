@@ -36,8 +36,9 @@ var layers = []layer{
 	{"shipped", []string{"client", "lease", "lease/machine"}, []string{"./internal/reliability/sim", "-run", "TestShipped", "-args", "-live", "40"}},
 	{"clients", []string{"client", "lease"}, []string{"./internal/reliability/sim", "-run", "TestRealClients|TestFarAway"}},
 	{"files", []string{"internal/replica"}, []string{"./internal/replica", "-run", "Prefix|Flip|Damaged|Torn|FailedWrite|Killed|ManySegments"}},
-	{"members", []string{"internal/replica"}, []string{"./internal/replica", "-run", "TestA[A-Z]?[a-z]|TestLists|TestStrangers|TestEvery|TestStarts|TestNoChange|TestWhatWaits|TestGrow|TestReplicas|TestDigests"}},
+	{"members", []string{"internal/replica"}, []string{"./internal/replica", "-run", "TestA[A-Z]?[a-z]|TestLists|TestStrangers|TestEvery|TestStarts|TestNoChange|TestWhatWaits|TestGrow|TestReplicas|TestDigests|TestWhoIs|TestIdle"}},
 	{"crashes", []string{"internal/replica"}, []string{"./internal/e2e", "-run", "TestCrashes$|TestEveryAcknowledgement", "-args", "-crashes", "6"}},
+	{"transport", []string{"transport"}, []string{"./transport"}},
 	{"fence", []string{"fence"}, []string{"./fence", "./fence/fencetest"}},
 }
 

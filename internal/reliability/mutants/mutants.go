@@ -252,7 +252,7 @@ var mutants = []mutant{
 		"ok && ours != a.sum {\n\t\t\tlist[s.ID] = a",
 		"ok && ours != a.sum && false {\n\t\t\tlist[s.ID] = a", "members"},
 	{"a digest without what the entries did", "internal/replica",
-		"f.chain.outcome(&out, revision, last)",
+		"f.chain.outcome(out, revision, last)",
 		"f.chain.outcome(&machine.Outcome{}, 0*revision, 0*last)", "members"},
 	{"a replica that differs from somebody stops", "internal/replica",
 		"case 2*with > len(all):",
@@ -271,6 +271,20 @@ var mutants = []mutant{
 	{"the guard stores the token for the floor", "fence",
 		"return max(stored, pass.Floor), nil",
 		"return max(stored, pass.Token), nil", "fence"},
+
+	// What one peer can make the server keep.
+	{"connections are not bounded", "transport",
+		"case l.open.Add(1) <= l.most:",
+		"case l.open.Add(1) <= l.most || l.most > 0:", "transport"},
+	{"who is refused takes room for ever", "transport",
+		"\t\t\tl.open.Add(-1)\n\t\t\tl.refuse(",
+		"\t\t\tl.refuse(", "transport"},
+	{"a connection that has ended counts", "transport",
+		"c.once.Do(func() { c.in.Add(-1) })",
+		"", "transport"},
+	{"a stranger takes the place of the newest", "internal/replica",
+		"out = most.Front().Value.(*visit)",
+		"out = most.Back().Value.(*visit)", "members"},
 
 	// The client.
 	{"the client counts from the answer", "client",
