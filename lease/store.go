@@ -1,10 +1,7 @@
 package lease
 
 import (
-	"context"
 	"slices"
-	"sort"
-	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -22,14 +19,14 @@ type Store struct {
 	level   atomic.Uint32 // the machine's
 	recent  [][]Event     // of the last batches, in order: the ring, and what is left of its first batch
 	oldest  uint64        // lowest revision in the ring; above the machine's: none
-	changed chan struct{}
+	waiting watching
 }
 
 // NewStore returns an empty store. Tokens and lease ids start above base: 0
 // where a log remembers them, a number that rises from one start to the next
 // (microseconds since 1970) where nothing does.
 func NewStore(base uint64) *Store {
-	s := &Store{machine: machine.New(base), oldest: 1, changed: make(chan struct{})}
+	s := &Store{machine: machine.New(base), oldest: 1}
 	s.level.Store(uint32(s.machine.Level()))
 	return s
 }
@@ -54,8 +51,7 @@ func (s *Store) Apply(b machine.Batch) machine.Outcome {
 			s.recent = s.recent[1:]
 		}
 	}
-	close(s.changed)
-	s.changed = make(chan struct{})
+	s.waiting.happened(out.Events)
 	return out
 }
 
@@ -94,91 +90,5 @@ func (s *Store) Restore(m *machine.Machine) {
 	s.machine = m
 	s.level.Store(uint32(m.Level()))
 	s.recent, s.oldest = nil, m.Revision()+1
-	close(s.changed)
-	s.changed = make(chan struct{})
-}
-
-// Watcher reads events in order from the store's ring. It holds nothing but a
-// position, so a slow one costs no memory; one that falls out of the ring gets
-// a *RangeError. It belongs to one goroutine.
-type Watcher struct {
-	store  *Store
-	prefix string
-	next   uint64
-	told   uint64 // the last revision that Next returned
-}
-
-// Watch returns a watcher of the locks whose names begin with prefix, from
-// revision from on; 0 means from now on. Errors: *RangeError.
-func (s *Store) Watch(prefix string, from uint64) (*Watcher, error) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	switch {
-	case from == 0:
-		from = s.machine.Revision() + 1
-	case from < s.oldest || from > s.machine.Revision()+1:
-		return nil, &RangeError{Asked: from, Oldest: s.oldest}
-	}
-	return &Watcher{store: s, prefix: prefix, next: from, told: from - 1}, nil
-}
-
-const (
-	// maxScan bounds the events looked at, and so returned, by one Next.
-	maxScan = 1024
-	// maxSilent is how far a watcher gets without telling its caller: one of
-	// quiet locks must be able to resume while that is still in the ring.
-	maxSilent = ringSize / 4
-)
-
-// Next waits for events and returns them, with the revision up to which the
-// watcher is complete. It returns none when that has risen far without any.
-// Errors: ctx's, *RangeError.
-func (w *Watcher) Next(ctx context.Context) ([]Event, uint64, error) {
-	for {
-		events, changed, err := w.scan()
-		if err != nil || len(events) > 0 || w.next-w.told > maxSilent {
-			w.told = w.next - 1
-			return events, w.told, err
-		}
-		if changed == nil { // not at the end yet
-			if err := ctx.Err(); err != nil {
-				return nil, 0, err
-			}
-			continue
-		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			return nil, 0, ctx.Err()
-		}
-	}
-}
-
-func (w *Watcher) scan() ([]Event, <-chan struct{}, error) {
-	s := w.store
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	last := s.machine.Revision()
-	if w.next < s.oldest || w.next > last+1 {
-		return nil, nil, &RangeError{Asked: w.next, Oldest: s.oldest}
-	}
-	var events []Event
-	end := min(last, w.next+maxScan-1)
-	at := sort.Search(len(s.recent), func(i int) bool { return s.recent[i][0].Revision > w.next }) - 1
-	for ; w.next <= end; at++ {
-		batch := s.recent[at]
-		for _, e := range batch[w.next-batch[0].Revision:] {
-			if w.next > end {
-				break
-			}
-			w.next++
-			if slices.ContainsFunc(e.Locks, func(k machine.GrantedLock) bool { return strings.HasPrefix(k.Name, w.prefix) }) {
-				events = append(events, e)
-			}
-		}
-	}
-	if w.next > last {
-		return events, s.changed, nil
-	}
-	return events, nil, nil
+	s.waiting.all()
 }

@@ -133,8 +133,8 @@ func TestAListIsKept(t *testing.T) {
 	for _, id := range []string{"n1", "n2", "n3"} {
 		n := c.nodes[id]
 		eventually(t, "no list in the directory of "+id, func() bool {
-			n.mu.Lock()
-			defer n.mu.Unlock()
+			n.Replica.mu.Lock()
+			defer n.Replica.mu.Unlock()
 			return n.id.Begun && n.id.List == nil
 		})
 	}

@@ -8,7 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -42,7 +44,7 @@ type peers struct {
 	mu        sync.Mutex
 	outward   map[outward]*grpc.ClientConn
 	strangers *strangers
-	open      map[net.Conn]struct{} // whose greeting is not over, and raft's, which raft does not close
+	open      map[net.Conn]struct{} // whose greeting is not over, and those to members, and raft's from them
 	closed    bool
 	group     sync.WaitGroup
 	said      map[string]bool // see first
@@ -260,6 +262,20 @@ func (p *peers) greeted(in *visit) {
 	}
 	conn.SetDeadline(time.Time{})
 	to.put(conn)
+}
+
+// track has stop close a connection to a member: what is on its way to a silent
+// one would hold up the end of this one for seconds.
+func (p *peers) track(conn net.Conn) (net.Conn, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		conn.Close()
+		return nil, net.ErrClosed
+	}
+	t := &tracked{conn, p}
+	p.open[t] = struct{}{}
+	return t, nil
 }
 
 // tracked is a connection that stop closes.
@@ -552,7 +568,13 @@ func (p *peers) conn(to end, kind byte) (*grpc.ClientConn, error) {
 	}
 	c, err := grpc.NewClient("passthrough:///"+to.address,
 		grpc.WithTransportCredentials(insecure.NewCredentials()), // TLS, if any, is in dial
-		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return p.dial(ctx, to, kind) }),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			conn, err := p.dial(ctx, to, kind)
+			if err != nil {
+				return nil, err
+			}
+			return p.track(conn)
+		}),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 250 * time.Millisecond},
 			MinConnectTimeout: time.Second,
@@ -590,10 +612,11 @@ func (p *peers) stop() {
 		}
 		conn.Close()
 	}
-	for _, c := range p.outward {
+	outward := slices.Collect(maps.Values(p.outward))
+	p.mu.Unlock()
+	for _, c := range outward { // their connections go through Close of tracked
 		c.Close()
 	}
-	p.mu.Unlock()
 }
 
 func (p *peers) close() {
@@ -666,7 +689,10 @@ func (s streams) Dial(target raft.ServerAddress, timeout time.Duration) (net.Con
 		default:
 		}
 	}
-	return conn, err
+	if err != nil {
+		return nil, err
+	}
+	return s.p.track(conn)
 }
 
 // target is an address as raft's transport gets it from ours: with the id of
