@@ -252,3 +252,36 @@ func TestAGrantThatComesBeforeTheEndOfItsWait(t *testing.T) {
 		grantStays(t, r, released, waiter)
 	})
 }
+
+// A repeat that is in the log when its lease falls due keeps the lease: its end
+// is not put beside it, also when others ask for something.
+func TestWhatIsInTheLogKeepsALease(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, l := startScript(t)
+		defer r.stop()
+		asked := AcquireRequest{Names: []string{"a"}, TTL: 300 * time.Millisecond, Request: 7, Attempt: 1} // too short to be marked
+		first, err := r.Acquire(t.Context(), asked)
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(250 * time.Millisecond)
+		l.holding(true, false)
+		asked.Attempt = 2
+		repeat := background(func() (Grant, error) { return r.Acquire(t.Context(), asked) })
+		time.Sleep(100 * time.Millisecond) // it has fallen due
+		other := background(func() (Grant, error) { return r.own("b", time.Hour, 0, 0) })
+		time.Sleep(tick)
+		l.holding(false, false)
+		for n, _ := l.held(); n > 0; n, _ = l.held() {
+			l.commit()
+		}
+		if a := <-repeat; a.err != nil || a.value.Token != first.Token {
+			t.Errorf("the repeat: %+v, %v", a.value, a.err)
+		}
+		<-other
+		time.Sleep(100 * time.Millisecond)
+		if check, err := r.CheckToken(t.Context(), "a", first.Token); err != nil || !check.Live {
+			t.Errorf("its lease was ended: %+v %v", check, err)
+		}
+	})
+}
