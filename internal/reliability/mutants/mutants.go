@@ -152,7 +152,7 @@ var mutants = []mutant{
 		"at := uint64(max(t.look(), 0)/tick) + 40", "simulation"},
 	{"renewed after its expiry was proposed", "lease",
 		"\tif t.expiring {\n\t\treturn false",
-		"\tif t.expiring && t.ttl == 0 {\n\t\treturn false", "simulation"},
+		"\tif t.expiring && t.span == 0 {\n\t\treturn false", "simulation"},
 	{"expired although renewed meanwhile", "lease",
 		"case t.expiring || t.deadline <= now:",
 		"case t.expiring || t.deadline != never && now > 0:", "manager"},
