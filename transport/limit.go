@@ -12,10 +12,10 @@ import (
 	"github.com/distlock/distlock/lease"
 )
 
-// Limit bounds the connections that a listener has open. Who is one too many
-// is handed to refuse, which owns it, while more than refuseAtMost are not being
-// told; without refuse, and otherwise, it is closed at once. A client must not
-// use up what the log needs to go on: a descriptor for each file.
+// Limit bounds the connections that a listener has open. One too many is handed
+// to refuse, which owns it and tells its client why; it is closed at once when
+// refuseAtMost are being told already, or refuse is nil. A client must not use up
+// what the log needs to go on: a descriptor for each file.
 func Limit(l net.Listener, most int, refuse func(net.Conn)) net.Listener {
 	return &limited{Listener: l, most: int64(most), refuse: refuse}
 }
@@ -40,18 +40,23 @@ func (l *limited) Accept() (net.Conn, error) {
 			return nil, err
 		}
 		switch {
-		case l.open.Add(1) <= l.most:
+		case room(&l.open, l.most):
 			return &counted{Conn: conn, in: &l.open}, nil
-		case l.refuse != nil && l.refused.Add(1) <= refuseAtMost:
-			l.open.Add(-1)
+		case l.refuse != nil && room(&l.refused, refuseAtMost):
 			l.refuse(&counted{Conn: conn, in: &l.refused})
-			continue
-		case l.refuse != nil:
-			l.refused.Add(-1)
+		default:
+			conn.Close()
 		}
-		l.open.Add(-1)
-		conn.Close()
 	}
+}
+
+// room counts one more, if there is room for it.
+func room(in *atomic.Int64, most int64) bool {
+	if in.Add(1) <= most {
+		return true
+	}
+	in.Add(-1)
+	return false
 }
 
 // counted is a connection that counts until it is closed.

@@ -202,16 +202,8 @@ func raiseFiles(t *testing.T, n uint64) {
 // keep the log from its files. A call on a connection too many is answered, and
 // when the others have gone there is room again.
 func TestTooManyConnections(t *testing.T) {
-	dir := t.TempDir()
-	srv := &server{t: t, address: freeAddress(t), args: []string{"--data-dir", dir, "--snapshot-mib", "1"},
-		wrap: []string{"sh", "-c", `ulimit -n 128; exec "$0" "$@"`}}
-	srv.start()
-	t.Cleanup(func() {
-		srv.kill()
-		if t.Failed() {
-			t.Logf("server log:\n%s", srv.logs())
-		}
-	})
+	srv := (&server{t: t, address: freeAddress(t), args: []string{"--data-dir", t.TempDir(), "--snapshot-mib", "1"},
+		wrap: []string{"sh", "-c", `ulimit -n 128; exec "$0" "$@"`}}).started()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	c, err := client.New([]string{srv.address})

@@ -84,13 +84,18 @@ type server struct {
 // waits until it answers. Its processes end with the test.
 func startServer(t testing.TB, args ...string) *server {
 	t.Helper()
-	s := &server{t: t, address: freeAddress(t), args: args}
-	t.Cleanup(func() {
+	return (&server{t: t, address: freeAddress(t), args: args}).started()
+}
+
+// started starts a server as it has been prepared, for as long as the test lasts.
+func (s *server) started() *server {
+	s.t.Helper()
+	s.t.Cleanup(func() {
 		if s.cmd != nil {
 			s.kill()
 		}
-		if t.Failed() {
-			t.Logf("server log:\n%s", s.logs())
+		if s.t.Failed() {
+			s.t.Logf("server log:\n%s", s.logs())
 		}
 	})
 	s.start()

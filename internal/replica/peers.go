@@ -248,12 +248,6 @@ func (p *peers) greeted(in *visit) {
 	p.mu.Lock()
 	p.strangers.leave(in)
 	delete(p.open, raw)
-	if ok && kind == kindRaft {
-		conn = &tracked{conn, p}
-		if p.open[conn] = struct{}{}; p.closed {
-			ok = false
-		}
-	}
 	p.mu.Unlock()
 	to := map[byte]*conns{kindRaft: p.raft, kindPeer: p.peer, kindForward: p.forward}[kind]
 	if !ok || to == nil {
@@ -261,6 +255,12 @@ func (p *peers) greeted(in *visit) {
 		return
 	}
 	conn.SetDeadline(time.Time{})
+	if kind == kindRaft { // which raft does not close
+		var err error
+		if conn, err = p.track(conn); err != nil {
+			return
+		}
+	}
 	to.put(conn)
 }
 

@@ -5,8 +5,8 @@ import (
 	"net"
 )
 
-// strangers bounds the connections to the peer port of whom nobody knows yet who they
-// are. Nobody waits for room: whoever is one too many takes that of the oldest
+// strangers bounds the connections to the peer port on which nobody has said yet
+// who it is. Nobody waits for room: whoever is one too many takes that of the oldest
 // from the address that has the most, so that those who never say who they are
 // stand in each other's way, and in no member's, which says so at once. It belongs
 // to the peers' mutex.

@@ -274,11 +274,11 @@ var mutants = []mutant{
 
 	// What one peer can make the server keep.
 	{"connections are not bounded", "transport",
-		"case l.open.Add(1) <= l.most:",
-		"case l.open.Add(1) <= l.most || l.most > 0:", "transport"},
+		"if in.Add(1) <= most {",
+		"if in.Add(1) <= most || most > 0 {", "transport"},
 	{"who is refused takes room for ever", "transport",
-		"\t\t\tl.open.Add(-1)\n\t\t\tl.refuse(",
-		"\t\t\tl.refuse(", "transport"},
+		"\tin.Add(-1)\n\treturn false",
+		"\treturn false", "transport"},
 	{"a connection that has ended counts", "transport",
 		"c.once.Do(func() { c.in.Add(-1) })",
 		"", "transport"},

@@ -407,10 +407,10 @@ func (w *World) network(r *rand.Rand, clients int) {
 	at := time.Duration(0)
 	for i := uint64(0); ; i++ {
 		at += time.Duration(r.IntN(900)) * time.Millisecond
-		who, kind, d := r.IntN(clients), r.IntN(5), time.Duration(r.IntN(2500))*time.Millisecond
 		if at > liveFaults {
 			return
 		}
+		who, kind, d := r.IntN(clients), r.IntN(5), time.Duration(r.IntN(2500))*time.Millisecond
 		w.after(at, 14<<56|i, func() bool {
 			w.live.each(func(l *Link) {
 				switch kind {
