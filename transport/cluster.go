@@ -3,12 +3,33 @@ package transport
 import (
 	"bufio"
 	"context"
+	"sync/atomic"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/distlock/distlock/lease"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
+
+// clusterID is which cluster this is. Once that is settled it does not change, and
+// nobody is asked again: answers to renewals carry it.
+type clusterID struct {
+	node  func() Node
+	known atomic.Pointer[string]
+}
+
+// get returns the id, "" where nothing is kept on disk or the node is too new to
+// have one; only in the latter case it is not settled.
+func (c *clusterID) get() (id string, settled bool) {
+	if id := c.known.Load(); id != nil {
+		return *id, true
+	}
+	n := c.node()
+	if settled = n.ClusterID != "" || n.InMemory; settled {
+		c.known.Store(&n.ClusterID)
+	}
+	return n.ClusterID, settled
+}
 
 type clusterService struct {
 	pb.UnimplementedClusterServiceServer

@@ -154,7 +154,7 @@ func FuzzRequests(f *testing.F) {
 	}
 	m := running(f)
 	d := door{m: m}
-	locks, leases, orig := &lockService{door: d}, &leaseService{door: d, node: func() Node { return Node{} }}, &originalService{door: d}
+	locks, leases, orig := &lockService{door: d}, &leaseService{door: d, cluster: &clusterID{node: func() Node { return Node{} }}}, &originalService{door: d}
 	ctx := context.Background()
 	f.Fuzz(func(t *testing.T, method uint8, data []byte) {
 		answered(t, []func() error{

@@ -156,9 +156,10 @@ func NewServer(cfg Config) *Server {
 		health: health.NewServer(),
 	}
 	d := door{cfg.Manager, work}
+	cluster := &clusterID{node: cfg.Node}
 	s.grpc.RegisterService(decoding(&pb.LockService_ServiceDesc), &lockService{door: d})
-	s.grpc.RegisterService(decoding(&pb.LeaseService_ServiceDesc), &leaseService{door: d, node: cfg.Node})
-	s.grpc.RegisterService(&pb.StreamService_ServiceDesc, &streamService{m: cfg.Manager, work: work, logger: cfg.Logger, refused: cfg.Refused, node: cfg.Node})
+	s.grpc.RegisterService(decoding(&pb.LeaseService_ServiceDesc), &leaseService{door: d, cluster: cluster})
+	s.grpc.RegisterService(&pb.StreamService_ServiceDesc, &streamService{m: cfg.Manager, work: work, logger: cfg.Logger, refused: cfg.Refused, cluster: cluster})
 	s.grpc.RegisterService(decoding(&pb.ClusterService_ServiceDesc), &clusterService{m: cfg.Manager, node: cfg.Node, cluster: cfg.Cluster, work: work})
 	s.grpc.RegisterService(decoding(&original.Distlock_ServiceDesc), &originalService{door: d})
 	healthpb.RegisterHealthServer(s.grpc, s.health)

@@ -214,7 +214,7 @@ func (s *lockService) Watch(r *pb.WatchRequest, stream pb.LockService_WatchServe
 type leaseService struct {
 	pb.UnimplementedLeaseServiceServer
 	door
-	node func() Node
+	cluster *clusterID
 }
 
 func (s *leaseService) Grant(ctx context.Context, r *pb.GrantRequest) (*pb.GrantResponse, error) {
@@ -232,7 +232,7 @@ func (s *leaseService) KeepAlive(ctx context.Context, r *pb.KeepAliveRequest) (*
 	}
 	kept, err := keptAlive(reply.KeptAlive)
 	if err == nil {
-		kept.ClusterId = s.node().ClusterID
+		kept.ClusterId, _ = s.cluster.get()
 	}
 	return kept, err
 }

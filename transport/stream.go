@@ -33,7 +33,7 @@ type streamService struct {
 	work    workers
 	logger  *zap.Logger
 	refused func(reason string)
-	node    func() Node
+	cluster *clusterID
 }
 
 type multiplexStream = grpc.BidiStreamingServer[pb.MultiplexRequest, pb.MultiplexResponse]
@@ -47,7 +47,7 @@ func (s *streamService) Multiplex(stream multiplexStream) error {
 	defer func() { port.Close(detached(connection)) }()
 	read := make(chan error, 1)
 	go func() { read <- s.read(stream, port) }()
-	w := writer{stream: stream, port: port, refused: s.refused, node: s.node}
+	w := writer{stream: stream, port: port, refused: s.refused, cluster: s.cluster}
 	ending, stopping := false, stream.Context().Done()
 	var end error
 	for {
@@ -185,7 +185,7 @@ type writer struct {
 	stream  multiplexStream
 	port    *lease.Port
 	refused func(reason string)
-	node    func() Node // nil once it has been told which cluster this is
+	cluster *clusterID // nil once it has been told
 	replies []lease.Reply
 	losses  []lease.Loss
 	grant   wire.Granted
@@ -199,11 +199,10 @@ func (w *writer) flush() (err error) {
 		return nil
 	}
 	out, sent := wire.Buffer(bytesEach*(len(w.replies)+len(w.losses))), 0
-	if w.node != nil {
-		n := w.node()
-		*out = wire.AppendCluster(*out, n.ClusterID)
-		if n.ClusterID != "" || n.InMemory { // else it is too new to have one
-			w.node = nil
+	if w.cluster != nil {
+		id, settled := w.cluster.get()
+		if *out = wire.AppendCluster(*out, id); settled {
+			w.cluster = nil
 		}
 	}
 	for i := range w.replies {
