@@ -721,20 +721,21 @@ func (r *Replica) CloseWithin(d time.Duration) error {
 	}
 	over := make(chan struct{})
 	var err error
-	go func() {
+	go func() { // which has the rest, for a disk may answer after all
 		defer close(over)
 		err = r.raft.Shutdown().Error()
+		<-ended
+		r.setLeader(func(l *leader) { *l = leader{} })
+		r.endLed()
+		if r.peers != nil {
+			r.peers.close()
+		}
+		err = errors.Join(err, r.disk.close(), r.lock.Close())
 	}()
-	if !r.await(over, until) || !r.await(ended, until) {
-		// Raft has the files, and does not return.
+	if !r.await(over, until) {
 		return errors.New("the disk did not answer: the log could not be closed")
 	}
-	r.setLeader(func(l *leader) { *l = leader{} })
-	r.endLed()
-	if r.peers != nil {
-		r.peers.close()
-	}
-	return errors.Join(err, r.disk.close(), r.lock.Close())
+	return err
 }
 
 // await waits until something has ended, until a time at most, and no longer than
