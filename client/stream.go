@@ -74,21 +74,23 @@ func (s *stream) run() {
 	defer s.client.group.Done()
 	ctx, cancel := context.WithCancel(s.client.ctx)
 	defer cancel()
-	rpc, err := pb.NewStreamServiceClient(s.conn).Multiplex(ctx, grpc.ForceCodecV2(wire.Codec{CodecV2: wire.Proto}))
+	// gRPC sends what it has kept again, on another connection, when a server has
+	// not looked at it, and holds up Send until there is one. It is to keep nothing:
+	// whoever asked knows better where to ask again. Only the first message is sent
+	// like that, before anybody receives.
+	rpc, err := pb.NewStreamServiceClient(s.conn).Multiplex(ctx, grpc.ForceCodecV2(wire.Codec{CodecV2: wire.Proto}), grpc.MaxRetryRPCBufferSize(0))
 	if err != nil {
 		s.end(err)
 		return
 	}
-	s.client.group.Add(1) // run is in the group already
-	go func() {
-		defer s.client.group.Done()
-		s.end(s.receive(rpc))
-		cancel()
-	}()
+	receiving := false
 	for {
 		select {
 		case <-s.wake:
 		case <-ctx.Done():
+			if !receiving {
+				s.end(ctx.Err())
+			}
 			return
 		}
 		// Whoever else is about to ask comes along.
@@ -98,7 +100,17 @@ func (s *stream) run() {
 			if msg == nil {
 				break
 			}
-			if rpc.Send(msg) != nil {
+			err := rpc.Send(msg)
+			if !receiving {
+				receiving = true
+				s.client.group.Add(1) // run is in the group already
+				go func() {
+					defer s.client.group.Done()
+					s.end(s.receive(rpc))
+					cancel()
+				}()
+			}
+			if err != nil {
 				<-ctx.Done() // receive learns why
 				return
 			}
