@@ -18,6 +18,7 @@ type Watcher struct {
 	prefix string
 	next   uint64
 	told   uint64 // the last revision that Next returned
+	ready  bool   // Next does not wait
 
 	// While it waits, under the store's mutex: it has nothing to see before next.
 	alarm   chan struct{} // buffered, one
@@ -55,14 +56,10 @@ const (
 // Errors: ctx's, *RangeError.
 func (w *Watcher) Next(ctx context.Context) ([]Event, uint64, error) {
 	for {
-		if w.wait() {
-			select {
-			case <-w.alarm:
-			case <-ctx.Done():
-				w.leave()
-				return nil, 0, ctx.Err()
-			}
+		if err := w.Ready(ctx); err != nil {
+			return nil, 0, err
 		}
+		w.ready = false
 		events, err := w.scan()
 		if err != nil || len(events) > 0 || w.next-w.told > maxSilent {
 			w.told = w.next - 1
@@ -72,6 +69,21 @@ func (w *Watcher) Next(ctx context.Context) ([]Event, uint64, error) {
 			return nil, 0, err
 		}
 	}
+}
+
+// Ready waits until there is something for Next to look at, and keeps none of it:
+// who must wait for room first has but its position meanwhile. Error: ctx's.
+func (w *Watcher) Ready(ctx context.Context) error {
+	if !w.ready && w.wait() {
+		select {
+		case <-w.alarm:
+		case <-ctx.Done():
+			w.leave()
+			return ctx.Err()
+		}
+	}
+	w.ready = true
+	return nil
 }
 
 // scan looks at events from next on.

@@ -122,6 +122,9 @@ type chunks struct {
 
 // Write implements io.Writer. The message has been encoded when it returns.
 func (c chunks) Write(p []byte) (int, error) {
+	if err := sendingOf(c.stream.Context()).reserve(c.stream.Context(), int64(len(p))); err != nil {
+		return 0, err
+	}
 	if err := c.stream.Send(&pb.BackupResponse{Chunk: p}); err != nil {
 		return 0, err
 	}

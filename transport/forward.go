@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -34,6 +35,32 @@ type forwarder struct {
 	// may know a node that can be reached.
 	leaderless time.Duration
 	settling   sync.WaitGroup // requests that it named and abandons
+	forwarded  [lanes]atomic.Int64
+}
+
+// What is forwarded goes by lanes, each with a connection to the leader: calls that
+// wait in queues must not use up the one that renewals need.
+const (
+	laneKeep = iota // what keeps or gives back: renewals, releases
+	laneCall        // what else is answered at once
+	laneWait        // acquisitions that may wait, their renewals and their ends
+	lanes
+)
+
+// maxForwarded bounds the calls under way on one lane: fewer than the leader takes on
+// one connection, for one more would wait there in silence.
+const maxForwarded = 8000
+
+func laneOf(req any) int {
+	switch r := req.(type) {
+	case *pb.AcquireRequest:
+		if r.GetWaitForever() || r.GetWait().AsDuration() > 0 {
+			return laneWait
+		}
+	case *pb.KeepAliveRequest, *pb.ReleaseRequest, *pb.AbandonRequest, *pb.RevokeRequest:
+		return laneKeep
+	}
+	return laneCall
 }
 
 // betweenTries is how long a call waits before it asks anew.
@@ -60,6 +87,14 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 	resp, err := handler(ctx, req)
 	waited = time.Since(began) > betweenTries // it may have had a place
 	until := time.Now().Add(f.leaderless)
+	lane := laneOf(req)
+	if elsewhere(err) {
+		if under := &f.forwarded[lane]; room(under, maxForwarded) {
+			defer under.Add(-1)
+		} else {
+			return nil, &lease.ExhaustedError{What: "calls that this node forwards to the leader", Max: maxForwarded}
+		}
+	}
 	for elsewhere(err) && time.Now().Before(until) {
 		var conn grpc.ClientConnInterface
 		var known error
@@ -68,7 +103,7 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 			defer cancel()
 			defer context.AfterFunc(f.stopping, cancel)()
 			var led context.Context
-			if conn, led, known = f.cluster.Leader(wait); known != nil || conn == nil {
+			if conn, led, known = f.cluster.Leader(wait, lane); known != nil || conn == nil {
 				return
 			}
 			began := time.Now()
@@ -193,7 +228,7 @@ func definite(err error) bool {
 // atLeader makes one attempt of an operation of this node's own, here where
 // this node leads, and there where another does.
 func (f *forwarder) atLeader(ctx context.Context, here lease.Operation, there func(grpc.ClientConnInterface) error) error {
-	conn, _, err := f.cluster.Leader(ctx)
+	conn, _, err := f.cluster.Leader(ctx, laneWait)
 	switch {
 	case err != nil:
 		return err

@@ -13,7 +13,6 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
-	"github.com/distlock/distlock/internal/wire"
 	"github.com/distlock/distlock/lease"
 )
 
@@ -40,8 +39,8 @@ type encoded struct{ bytes *[]byte }
 
 // Marshal implements encoding.CodecV2.
 func (c codec) Marshal(v any) (mem.BufferSlice, error) {
-	if e, ok := v.(encoded); ok {
-		return wire.Slice(e.bytes), nil
+	if a, ok := v.(outgoing); ok {
+		return a.bytes, nil
 	}
 	return c.CodecV2.Marshal(v)
 }
@@ -129,11 +128,12 @@ func decoding(desc *grpc.ServiceDesc) *grpc.ServiceDesc {
 	return &out
 }
 
-// stream is a server's stream that decodes through an envelope and ends with
-// ctx.
+// stream is a server's stream that decodes through an envelope, ends with ctx,
+// and counts what waits to be read.
 type stream struct {
 	grpc.ServerStream
 	ctx context.Context
+	out *sending
 }
 
 // Context implements grpc.ServerStream.
@@ -146,4 +146,17 @@ func (s *stream) RecvMsg(msg any) error {
 		return err
 	}
 	return e.err
+}
+
+// SendMsg implements grpc.ServerStream.
+func (s *stream) SendMsg(msg any) error {
+	if err := s.out.turn(s.ServerStream.Context()); err != nil {
+		return err
+	}
+	out, err := s.out.encode(msg)
+	s.out.done()
+	if err != nil {
+		return err
+	}
+	return s.ServerStream.SendMsg(out)
 }

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
-	"golang.org/x/net/http2"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
@@ -73,6 +72,12 @@ func (r *rig) leases() pb.LeaseServiceClient { return pb.NewLeaseServiceClient(r
 
 func serve(t *testing.T, cfg Config) *rig {
 	t.Helper()
+	return serveWith(t, cfg, func(*unread) {})
+}
+
+// serveWith serves with other bounds on what is not read.
+func serveWith(t *testing.T, cfg Config, bounds func(*unread)) *rig {
+	t.Helper()
 	if cfg.Node == nil {
 		cfg.Node = func() Node { return Node{ID: "n1"} }
 	}
@@ -81,6 +86,7 @@ func serve(t *testing.T, cfg Config) *rig {
 		t.Fatal(err)
 	}
 	r := &rig{Server: NewServer(cfg), address: l.Addr().String()}
+	bounds(r.unread)
 	served := make(chan error, 1)
 	go func() { served <- r.Serve(l) }()
 	r.conn = dial(t, r.address)
@@ -104,25 +110,6 @@ func dial(t *testing.T, address string, opts ...grpc.DialOption) *grpc.ClientCon
 		t.Fatal(err)
 	}
 	return conn
-}
-
-// frames begins to speak HTTP/2 with the server, by hand.
-func (r *rig) frames(t *testing.T) *http2.Framer {
-	t.Helper()
-	conn, err := net.Dial("tcp", r.address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(20 * time.Second))
-	if _, err := conn.Write([]byte(http2.ClientPreface)); err != nil {
-		t.Fatal(err)
-	}
-	framer := http2.NewFramer(conn, conn)
-	if err := framer.WriteSettings(); err != nil {
-		t.Fatal(err)
-	}
-	return framer
 }
 
 // soon is a context for a call that is expected to be answered at once.

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"runtime/debug"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -49,8 +50,9 @@ type Manager interface {
 type Cluster interface {
 	// Leader waits until it is known who leads, and returns a connection on
 	// which the leader takes forwarded calls, nil when this node leads, and a
-	// context that ends once it is not known to lead any more.
-	Leader(ctx context.Context) (grpc.ClientConnInterface, context.Context, error)
+	// context that ends once it is not known to lead any more. Each lane has a
+	// connection of its own.
+	Leader(ctx context.Context, lane int) (grpc.ClientConnInterface, context.Context, error)
 	Members() (list []lease.Member, leader string, term uint64)
 	AddMember(id, peerAddress, clusterID string) (string, error)
 	PromoteMember(id string) error
@@ -107,8 +109,10 @@ type Server struct {
 	grpc     *grpc.Server
 	health   *health.Server
 	forward  *forwarder
-	most     int             // connections of clients, 0 for no bound
-	refusing *refusing       // answers those for which there is no room
+	most     int       // connections of clients, 0 for no bound
+	refusing *refusing // answers those for which there is no room
+	unread   *unread
+	keeping  sync.Once
 	stopping context.Context // ends when Stop begins
 	stop     context.CancelFunc
 }
@@ -134,7 +138,7 @@ func NewServer(cfg Config) *Server {
 	}
 	s := &Server{
 		stopping: stopping, stop: stop, forward: forward,
-		most: cfg.MaxConnections, refusing: newRefusing(cfg.MaxConnections, cfg.Refused),
+		most: cfg.MaxConnections, refusing: newRefusing(cfg.MaxConnections, cfg.Refused), unread: newUnread(cfg.Logger, cfg.Refused),
 		grpc: grpc.NewServer(
 			grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto"), cfg.MaxMessageBytes}),
 			grpc.MaxRecvMsgSize(4*cfg.MaxMessageBytes),
@@ -185,6 +189,7 @@ func (s *Server) SetServing(serving bool) {
 
 // Serve accepts connections of clients until Stop; it returns nil then.
 func (s *Server) Serve(l net.Listener) error {
+	s.keeping.Do(s.unread.begin)
 	if s.most > 0 {
 		l = Limit(l, s.most, s.refusing.conns.put)
 		refused := make(chan struct{})
@@ -197,12 +202,15 @@ func (s *Server) Serve(l net.Listener) error {
 			<-refused
 		}()
 	}
-	return s.grpc.Serve(markedListener{l, false})
+	return s.grpc.Serve(markedListener{l, false, s.unread})
 }
 
 // ServePeers does the same for connections on which other members forward
 // calls of their clients.
-func (s *Server) ServePeers(l net.Listener) error { return s.grpc.Serve(markedListener{l, true}) }
+func (s *Server) ServePeers(l net.Listener) error {
+	s.keeping.Do(s.unread.begin)
+	return s.grpc.Serve(markedListener{l, true, s.unread})
+}
 
 // Stop ends the streams, which have no end of their own, lets calls under way
 // finish for as long as ctx allows, then cuts them. No handler runs any more
@@ -222,6 +230,8 @@ func (s *Server) Stop(ctx context.Context) {
 		<-done
 	}
 	s.forward.settling.Wait()
+	s.keeping.Do(func() {}) // not any more
+	s.unread.end()
 }
 
 // unary maps errors, keeps a panic in one call from ending the server, and
@@ -232,18 +242,42 @@ func unary(logger *zap.Logger, work workers, refused func(string)) grpc.UnarySer
 		if info.FullMethod == healthpb.Health_Check_FullMethodName {
 			return handler(ctx, req) // a busy server is there all the same
 		}
-		if err := work.enter(ctx); err != nil {
-			return nil, toStatus(err)
+		bytes, counts := mayTake(req)
+		if !counts {
+			return worked(ctx, req, work, refused, handler)
 		}
-		defer work.leave()
-		resp, err = handler(ctx, req)
-		if err != nil {
-			err = asStatus(err)
-			refused(reasonOf(err))
-			return nil, err
+		out := &sending{box: boxOf(ctx)}
+		if bytes > 0 {
+			if err := out.reserve(ctx, bytes); err != nil {
+				return nil, toStatus(err)
+			}
 		}
-		return resp, nil
+		defer out.done()
+		return worked(ctx, req, work, refused, func(ctx context.Context, req any) (any, error) {
+			resp, err := handler(ctx, req)
+			if err == nil && bytes == 0 {
+				err = out.box.full()
+			}
+			if err != nil {
+				return nil, err
+			}
+			return out.encode(resp)
+		})
 	}
+}
+
+func worked(ctx context.Context, req any, work workers, refused func(string), handler grpc.UnaryHandler) (any, error) {
+	if err := work.enter(ctx); err != nil {
+		return nil, toStatus(err)
+	}
+	defer work.leave()
+	resp, err := handler(ctx, req)
+	if err != nil {
+		err = asStatus(err)
+		refused(reasonOf(err))
+		return nil, err
+	}
+	return resp, nil
 }
 
 // streaming does the same for streams, and ends them when the server stops.
@@ -254,7 +288,9 @@ func streaming(logger *zap.Logger, stopping context.Context) grpc.StreamServerIn
 		ctx, cancel := context.WithCancelCause(in.Context())
 		defer cancel(nil)
 		defer context.AfterFunc(stopping, func() { cancel(lease.ErrStopping) })()
-		err = handler(srv, &stream{in, ctx})
+		out := &sending{box: boxOf(in.Context())}
+		defer out.done()
+		err = handler(srv, &stream{in, context.WithValue(ctx, sendingKey{}, out), out})
 		switch {
 		case err == nil:
 			return nil
@@ -341,6 +377,14 @@ func addrOf(ctx context.Context) *markedAddr {
 	return nil
 }
 
+// boxOf is what waits for a call's client, nil outside of Serve.
+func boxOf(ctx context.Context) *outbox {
+	if a := addrOf(ctx); a != nil {
+		return a.box
+	}
+	return nil
+}
+
 // endOf is why a call's context, which has ended, did: its own error, or
 // ErrDetached.
 func endOf(ctx context.Context) error {
@@ -355,7 +399,8 @@ func endOf(ctx context.Context) error {
 // calls on it, and has no other way to tell the two ends of a call apart.
 type markedListener struct {
 	net.Listener
-	peer bool // of another member
+	peer   bool // of another member
+	unread *unread
 }
 
 func (l markedListener) Accept() (net.Conn, error) {
@@ -363,7 +408,9 @@ func (l markedListener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &markedConn{Conn: conn, addr: &markedAddr{Addr: conn.RemoteAddr(), peer: l.peer}}, nil
+	c := &markedConn{Conn: conn, addr: &markedAddr{Addr: conn.RemoteAddr(), peer: l.peer}}
+	c.addr.box = l.unread.open(conn.RemoteAddr().String(), func() { conn.Close() })
+	return c, nil
 }
 
 type markedConn struct {
@@ -375,6 +422,7 @@ type markedAddr struct {
 	net.Addr
 	peer   bool
 	closed atomic.Bool
+	box    *outbox
 }
 
 // RemoteAddr implements net.Conn.
@@ -383,5 +431,6 @@ func (c *markedConn) RemoteAddr() net.Addr { return c.addr }
 // Close implements net.Conn.
 func (c *markedConn) Close() error {
 	c.addr.closed.Store(true)
+	c.addr.box.close()
 	return c.Conn.Close()
 }

@@ -1,9 +1,7 @@
 package transport
 
 import (
-	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"strings"
@@ -16,7 +14,6 @@ import (
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
 	"golang.org/x/net/http2"
-	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -24,6 +21,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
 
+	"github.com/distlock/distlock/internal/http2test"
 	"github.com/distlock/distlock/lease"
 	"github.com/distlock/distlock/lease/machine"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
@@ -301,7 +299,7 @@ func TestTooManyPingsEndTheConnection(t *testing.T) {
 	r := serve(t, Config{Manager: &manager{
 		release: func(context.Context, lease.ReleaseRequest) error { return nil },
 	}})
-	framer := r.frames(t)
+	framer := http2test.Dial(t, r.address)
 	go func() {
 		for framer.WritePing(false, [8]byte{}) == nil { // until it is cut
 		}
@@ -330,21 +328,8 @@ func TestWindowsAreOfAFixedSize(t *testing.T) {
 	r := serve(t, Config{Manager: &manager{
 		release: func(context.Context, lease.ReleaseRequest) error { return nil },
 	}})
-	framer := r.frames(t)
-	var head bytes.Buffer
-	enc := hpack.NewEncoder(&head)
-	for _, h := range [][2]string{
-		{":method", "POST"}, {":scheme", "http"}, {":path", pb.LockService_Release_FullMethodName}, {":authority", "x"},
-		{"content-type", "application/grpc"}, {"te", "trailers"},
-	} {
-		enc.WriteField(hpack.HeaderField{Name: h[0], Value: h[1]})
-	}
-	if err := errors.Join(
-		framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: head.Bytes(), EndHeaders: true}),
-		framer.WriteData(1, true, make([]byte, 5)), // an empty message
-	); err != nil {
-		t.Fatal(err)
-	}
+	framer := http2test.Dial(t, r.address)
+	framer.Call(pb.LockService_Release_FullMethodName, &pb.ReleaseRequest{})
 	window := uint32(0)
 	for answered := false; !answered; {
 		frame, err := framer.ReadFrame()

@@ -187,6 +187,12 @@ func (s *lockService) Watch(r *pb.WatchRequest, stream pb.LockService_WatchServe
 		if err := stream.Send(out); err != nil {
 			return err
 		}
+		if err := w.Ready(stream.Context()); err != nil {
+			return err
+		}
+		if err := sendingOf(stream.Context()).reserve(stream.Context(), smallAnswer); err != nil { // until then it is but a position
+			return err
+		}
 		events, revision, err := w.Next(stream.Context())
 		if err != nil {
 			return err
@@ -199,7 +205,7 @@ func (s *lockService) Watch(r *pb.WatchRequest, stream pb.LockService_WatchServe
 			for _, p := range out.Events[first:] {
 				bytes += proto.Size(p)
 			}
-			if out.Revision = e.Revision; bytes < softLimit {
+			if out.Revision = e.Revision; bytes < smallAnswer {
 				continue
 			}
 			if err := stream.Send(out); err != nil {

@@ -198,7 +198,7 @@ func (w *writer) flush() (err error) {
 	if len(w.replies)+len(w.losses) == 0 {
 		return nil
 	}
-	out, sent := wire.Buffer(bytesEach*(len(w.replies)+len(w.losses))), 0
+	out, sent := wire.Buffer(max(countedBytes, bytesEach*(len(w.replies)+len(w.losses)))), 0
 	if w.cluster != nil {
 		id, settled := w.cluster.get()
 		if *out = wire.AppendCluster(*out, id); settled {
@@ -213,11 +213,11 @@ func (w *writer) flush() (err error) {
 		if *out, err = wire.AppendAnswer(*out, answer); err != nil {
 			return err
 		}
-		if len(*out) > softLimit {
+		if len(*out) > smallAnswer {
 			if err := w.send(out, w.replies[sent:i+1]); err != nil {
 				return err
 			}
-			out, sent = wire.Buffer(bytesEach*(len(w.replies)-i)), i+1
+			out, sent = wire.Buffer(max(countedBytes, bytesEach*(len(w.replies)-i))), i+1
 		}
 	}
 	for _, l := range w.losses {

@@ -48,6 +48,7 @@ var arrows = map[string][]string{
 	"internal/metrics":       {},
 	"internal/bench":         {"client", "internal/wire", "proto/distlock/v1"},
 	"cmd/distlock":           {"internal/bench", "internal/server", "client", "fence"},
+	"internal/http2test":     {},
 	"internal/archtest":      {},
 	"internal/doctest":       {},
 	"internal/e2e":           {},
@@ -63,11 +64,11 @@ var inTests = map[string][]string{
 	"client":            {"client/clienttest", "internal/server", "lease", "lease/machine", "transport"},
 	"internal/bench":    {"internal/server"},
 	"client/clienttest": {},
-	"transport":         {"internal/server", "client"},
+	"transport":         {"internal/server", "internal/http2test", "client"},
 	"internal/replica":  {"fence"},
 	"internal/server":   {"client"},
 	"cmd/distlock":      {"client/clienttest", "proto/distlock", "proto/distlock/v1"},
-	"internal/e2e":      {"client", "fence", "proto/distlock", "proto/distlock/v1"},
+	"internal/e2e":      {"internal/http2test", "client", "fence", "proto/distlock", "proto/distlock/v1"},
 }
 
 // pure is all that the machine's code may import from outside the house:

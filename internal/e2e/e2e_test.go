@@ -130,7 +130,7 @@ func (s *server) spawn() {
 	s.t.Helper()
 	host, port, _ := net.SplitHostPort(s.address)
 	args := append([]string{"--address", host, "--port", port}, s.args...)
-	exe := cmp.Or(s.binary, binary)
+	exe := cmp.Or(s.binary, *against, binary)
 	cmd := exec.Command(exe, args...)
 	if s.wrap != nil {
 		cmd = exec.Command(s.wrap[0], append(append(s.wrap[1:len(s.wrap):len(s.wrap)], exe), args...)...)

@@ -798,11 +798,11 @@ func TestSlowFollowerCatchesUpBySnapshot(t *testing.T) {
 func TestLeaderIsWaitedFor(t *testing.T) {
 	c := newCluster(t, 3, nil)
 	l := c.leader()
-	if conn, _, err := l.Leader(context.Background()); conn != nil || err != nil {
+	if conn, _, err := l.Leader(context.Background(), 0); conn != nil || err != nil {
 		t.Errorf("at the leader: %v %v", conn, err)
 	}
 	follower := c.nodes[c.others(l)[0]]
-	if conn, _, err := follower.Leader(context.Background()); conn == nil || err != nil {
+	if conn, _, err := follower.Leader(context.Background(), 0); conn == nil || err != nil {
 		t.Errorf("at a follower: %v %v", conn, err)
 	}
 	for _, id := range c.others(l) {
@@ -814,7 +814,7 @@ func TestLeaderIsWaitedFor(t *testing.T) {
 	eventually(t, "the leader is known to be gone", func() bool { return follower.known().id == "" })
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 	defer cancel()
-	if _, _, err := follower.Leader(ctx); !errors.Is(err, lease.ErrNotLeader) {
+	if _, _, err := follower.Leader(ctx, 0); !errors.Is(err, lease.ErrNotLeader) {
 		t.Errorf("without a leader: %v", err)
 	}
 }

@@ -71,7 +71,7 @@ const confirmWithin = time.Second
 func (r *Replica) asksTerm(voter raft.Server) uint64 {
 	ctx, cancel := context.WithTimeout(r.peers.ctx, confirmWithin)
 	defer cancel()
-	conn, err := r.peers.conn(endOf(voter), kindPeer)
+	conn, err := r.peers.conn(endOf(voter), kindPeer, 0)
 	if err != nil {
 		return 0
 	}

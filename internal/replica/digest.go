@@ -312,7 +312,7 @@ func (r *Replica) digests(members []raft.Server, begun uint64, last sum, within 
 
 // digestOf asks one member; index 0 is no answer.
 func (r *Replica) digestOf(ctx context.Context, member end, begun uint64, last sum) (sum, error) {
-	conn, err := r.peers.conn(member, kindPeer)
+	conn, err := r.peers.conn(member, kindPeer, 0)
 	if err != nil {
 		return sum{}, err
 	}

@@ -214,7 +214,7 @@ func (r *Replica) findLeader() {
 func (r *Replica) about(member end, within time.Duration) (*peerpb.AboutResponse, error) {
 	ctx, cancel := context.WithTimeout(r.peers.ctx, within)
 	defer cancel()
-	conn, err := r.peers.conn(member, kindPeer)
+	conn, err := r.peers.conn(member, kindPeer, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -227,8 +227,9 @@ func (r *Replica) about(member end, within time.Duration) (*peerpb.AboutResponse
 
 // Leader waits until it is known who leads, and returns a connection on which
 // the leader takes forwarded calls, nil when this node leads, and a context
-// that ends once it is not known to lead any more.
-func (r *Replica) Leader(ctx context.Context) (grpc.ClientConnInterface, context.Context, error) {
+// that ends once it is not known to lead any more. Each lane has a connection of
+// its own, so that what fills one holds up no other.
+func (r *Replica) Leader(ctx context.Context, lane int) (grpc.ClientConnInterface, context.Context, error) {
 	for {
 		r.mu.Lock()
 		news, l, led, err := r.news, r.leader, r.led, r.err
@@ -239,7 +240,7 @@ func (r *Replica) Leader(ctx context.Context) (grpc.ClientConnInterface, context
 		case l.serving:
 			return nil, led, nil
 		case l.id != "" && l.id != r.self:
-			conn, err := r.peers.conn(end{l.id, l.address}, kindForward)
+			conn, err := r.peers.conn(end{l.id, l.address}, kindForward, lane)
 			return conn, led, err
 		}
 		select {

@@ -53,6 +53,7 @@ type peers struct {
 type outward struct {
 	to   end
 	kind byte
+	lane int
 }
 
 // end is a member and where it is reached: both ends of a connection know
@@ -555,14 +556,14 @@ func (p *peers) greet(ctx context.Context, address string, kind byte, h hello) (
 	return conn, first[0], a, nil
 }
 
-// conn returns the connection to a member, made on first use.
-func (p *peers) conn(to end, kind byte) (*grpc.ClientConn, error) {
+// conn returns the connection of a lane to a member, made on first use.
+func (p *peers) conn(to end, kind byte, lane int) (*grpc.ClientConn, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
 		return nil, net.ErrClosed
 	}
-	key := outward{to, kind}
+	key := outward{to, kind, lane}
 	if c := p.outward[key]; c != nil {
 		return c, nil
 	}

@@ -80,7 +80,7 @@ func (s *Server) askToJoin(ctx context.Context) error {
 
 // askLeader makes a call at the leader, if another node leads.
 func (s *Server) askLeader(ctx context.Context, call func(pb.ClusterServiceClient) error) error {
-	conn, _, err := s.replica.Leader(ctx)
+	conn, _, err := s.replica.Leader(ctx, 0)
 	if err != nil || conn == nil { // this node leads: the replica sees to it
 		return err
 	}

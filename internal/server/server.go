@@ -361,7 +361,7 @@ func (s *Server) Run(ctx context.Context) error {
 		go func() {
 			defer group.Done()
 			for ctx.Err() == nil {
-				_, led, err := s.replica.Leader(loop)
+				_, led, err := s.replica.Leader(loop, 0)
 				if err != nil {
 					return
 				}

@@ -139,7 +139,7 @@ type member struct {
 }
 
 // Leader implements transport.Cluster.
-func (m member) Leader(ctx context.Context) (grpc.ClientConnInterface, context.Context, error) {
+func (m member) Leader(ctx context.Context, _ int) (grpc.ClientConnInterface, context.Context, error) {
 	for {
 		m.l.mu.Lock()
 		term, known := m.l.term, m.l.known
