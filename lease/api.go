@@ -198,6 +198,7 @@ type Bounds struct {
 	MaxLeases       int // live leases
 	MaxLocks        int // existing locks
 	MaxWaiters      int // waiting acquisitions
+	MaxPending      int // commands that wait for the log; see Manager.admits
 }
 
 // DefaultBounds are the bounds of a server started without flags.
@@ -206,5 +207,6 @@ func DefaultBounds() Bounds {
 		MinTTL: 100 * time.Millisecond, MaxTTL: 24 * time.Hour,
 		MaxLockDelay: time.Hour, MaxNamesPerCall: 64,
 		MaxLeases: 2_000_000, MaxLocks: 2_000_000, MaxWaiters: 1_000_000,
+		MaxPending: 100_000,
 	}
 }

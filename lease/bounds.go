@@ -19,6 +19,31 @@ const (
 	MaxMetadata = 4096
 )
 
+// admits refuses new work, on its caller's goroutine and for next to nothing, while
+// more waits for the log than it can write in a second or so. What has been begun
+// is finished: twice as many repeats and commands that give something back are let
+// in. Renewals and reads wait for no log, and are let in always.
+func (m *Manager) admits(t task) error {
+	c, ok := t.(*call)
+	if !ok {
+		return nil
+	}
+	most := m.bounds.MaxPending
+	switch c.op {
+	case OpAcquire:
+		if c.attempt > 1 {
+			most *= 2
+		}
+	case OpGrantLease, OpDeclare:
+	default:
+		most *= 2
+	}
+	if m.queued.Load() >= int64(most) {
+		return &ExhaustedError{What: "commands that wait for the log", Max: most}
+	}
+	return nil
+}
+
 func (b *Bounds) acquire(r *AcquireRequest) error {
 	if len(r.Names) == 0 || len(r.Names) > b.MaxNamesPerCall {
 		return &InvalidError{Field: "names", Msg: fmt.Sprintf("must be 1 to %d locks, not %d", b.MaxNamesPerCall, len(r.Names))}
@@ -130,7 +155,7 @@ func (b Bounds) withDefaults() Bounds {
 	}
 	for _, f := range []struct{ field, value *int }{
 		{&b.MaxNamesPerCall, &d.MaxNamesPerCall}, {&b.MaxLeases, &d.MaxLeases},
-		{&b.MaxLocks, &d.MaxLocks}, {&b.MaxWaiters, &d.MaxWaiters},
+		{&b.MaxLocks, &d.MaxLocks}, {&b.MaxWaiters, &d.MaxWaiters}, {&b.MaxPending, &d.MaxPending},
 	} {
 		if *f.field == 0 {
 			*f.field = *f.value

@@ -285,3 +285,65 @@ func TestWhatIsInTheLogKeepsALease(t *testing.T) {
 		}
 	})
 }
+
+// TestWhatWaitsForTheLogIsBounded: with enough waiting for the log new work is
+// refused at once; what gives back, what is asked again, and what renews is not.
+func TestWhatWaitsForTheLogIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := NewStore(0)
+		l := newScript(store)
+		r := startWith(t, Config{Clock: clockwork.NewRealClock(), Store: store, Log: l, Beside: 100, Bounds: Bounds{MaxPending: 10}})
+		defer r.stop()
+		held, err := r.own("held", time.Hour, 0, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.holding(true, false)
+		var asked []<-chan answer[Grant]
+		for i := range 11 { // the first is in the log
+			asked = append(asked, background(func() (Grant, error) { return r.own(fmt.Sprint(i), time.Hour, 0, 0) }))
+			synctest.Wait()
+		}
+		var exhausted *ExhaustedError
+		if _, err := r.own("one more", time.Hour, 0, 0); !errors.As(err, &exhausted) || exhausted.Max != 10 {
+			t.Errorf("one more: %v", err)
+		}
+		p := r.NewPort(100, NewWaits(100))
+		submit(t, p, func(b *Batch) { b.Acquire(1, own(1, 0, "x")) })
+		if got, _ := replies(t, p); !errors.As(got[1].Err, &exhausted) {
+			t.Errorf("on a port: %v", got[1].Err)
+		}
+		p.Close(false)
+		if got, err := r.KeepAlive(t.Context(), []ID{held.Lease}); err != nil || got[0].Err != nil {
+			t.Errorf("a renewal: %v %v", got, err)
+		}
+		again := background(func() (Grant, error) {
+			return r.Acquire(t.Context(), AcquireRequest{Names: []string{"again"}, TTL: time.Hour, Request: 77, Attempt: 2})
+		})
+		pendingNow(t, again, "a repeat")
+		var released []<-chan answer[struct{}]
+		for range 9 {
+			released = append(released, background(func() (struct{}, error) {
+				return struct{}{}, r.Release(t.Context(), ReleaseRequest{Lease: held.Lease, Token: held.Token})
+			}))
+			synctest.Wait()
+		}
+		pendingNow(t, released[8], "a release")
+		if err := r.Release(t.Context(), ReleaseRequest{Lease: held.Lease, Token: held.Token}); !errors.As(err, &exhausted) || exhausted.Max != 20 {
+			t.Errorf("a release too many: %v", err)
+		}
+		l.holding(false, false)
+		l.commit()
+		for i, one := range append(asked, again) {
+			if a := <-one; a.err != nil {
+				t.Errorf("%d: %v", i, a.err)
+			}
+		}
+		for _, one := range released {
+			<-one
+		}
+		if _, err := r.own("one more", time.Hour, 0, 0); err != nil {
+			t.Errorf("with room: %v", err)
+		}
+	})
+}

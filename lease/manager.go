@@ -105,6 +105,9 @@ func (m *Manager) Drain() { m.inbox.put(drain{}) }
 // ErrLogFailed, ctx's cause.
 func (m *Manager) Do(ctx context.Context, op Operation) (Reply, error) {
 	t, err := op.task(m)
+	if err == nil {
+		err = m.admits(t)
+	}
 	if err != nil {
 		return Reply{Err: err}, err
 	}

@@ -19,7 +19,7 @@ type Port struct {
 	m      *Manager
 	number uint32
 	max    int64         // operations under way before Submit blocks
-	waits  int           // parked acquisitions before more are refused
+	waits  *Waits        // bounds parked acquisitions
 	ready  chan struct{} // buffered, one: there is something to Take
 	room   chan struct{} // buffered, one: under has fallen
 
@@ -55,10 +55,19 @@ type Loss struct {
 // left out the next renewal tells.
 const maxLosses = 1 << 15
 
+// Waits bounds the acquisitions that are parked on the ports of one connection.
+type Waits struct {
+	max    int
+	parked int // the loop's own
+}
+
+// NewWaits lets at most so many acquisitions wait.
+func NewWaits(most int) *Waits { return &Waits{max: most} }
+
 // NewPort returns a port that has operations of at most about bound under way
 // (an Acquire counts each name, a KeepAlive every 64 leases), parked ones
-// apart, and parks at most waits.
-func (m *Manager) NewPort(bound, waits int) *Port {
+// apart. Ports may share waits.
+func (m *Manager) NewPort(bound int, waits *Waits) *Port {
 	return &Port{
 		m: m, number: max(m.ports.Add(1), 1), max: int64(bound), waits: waits,
 		ready: make(chan struct{}, 1), room: make(chan struct{}, 1),
@@ -84,6 +93,9 @@ func (p *Port) Batch(n int) *Batch { return &Batch{port: p, inputs: make([]input
 // Add asks for an operation, of which nothing but text is kept.
 func (b *Batch) Add(tag uint64, op Operation) {
 	t, err := op.task(b.port.m)
+	if err == nil {
+		err = b.port.m.admits(t)
+	}
 	if err != nil {
 		b.Refuse(tag, err)
 		return
@@ -105,7 +117,10 @@ func (b *Batch) Refuse(tag uint64, err error) {
 // Cancel ends an Acquire, which is answered context.Canceled. One that does not
 // count attempts is abandoned, and a grant that is not yet answered undone. It
 // has no reply of its own.
-func (b *Batch) Cancel(tag uint64) { b.inputs = append(b.inputs, &cancel{b.port, tag}) }
+func (b *Batch) Cancel(tag uint64) {
+	b.weight++
+	b.inputs = append(b.inputs, &cancel{b.port, tag})
+}
 
 // Submit hands a batch to the loop, once there is room for more: a writer that
 // does not keep up holds up the reader. Errors: ctx's cause; then nothing was
@@ -249,6 +264,7 @@ func (c *closing) take(l *loop) {
 		(&leave{call: p.open[tag], lost: c.lost}).take(l)
 	}
 	clear(p.open)
+	p.waits.parked -= p.parked
 	for _, r := range unheard {
 		if r.asked != nil && r.Grant != nil {
 			(&leave{call: r.asked, lost: c.lost}).take(l)
@@ -262,6 +278,7 @@ type cancel struct {
 }
 
 func (x *cancel) take(l *loop) {
+	x.port.less(1)
 	if c := x.port.open[x.tag]; c != nil {
 		(&leave{call: c}).take(l)
 	}
@@ -271,8 +288,8 @@ func (x *cancel) take(l *loop) {
 
 // admit holds an acquisition against the port's own bound.
 func (p *Port) admit(c *call) error {
-	if c.bound != 0 && p.parked >= p.waits {
-		return &ExhaustedError{What: "waits on one stream", Max: p.waits}
+	if c.bound != 0 && p.waits.parked >= p.waits.max {
+		return &ExhaustedError{What: "waits on one connection", Max: p.waits.max}
 	}
 	p.open[c.tag] = c
 	return nil
@@ -281,7 +298,10 @@ func (p *Port) admit(c *call) error {
 // parks takes a waiting call out of those under way: it would hold up others.
 func (p *Port) parks(c *call) {
 	c.onPort = true
-	p.parked++
+	if !p.gone {
+		p.parked++
+		p.waits.parked++
+	}
 	p.less(c.weight)
 }
 
@@ -289,7 +309,10 @@ func (p *Port) parks(c *call) {
 func (p *Port) leaves(c *call) {
 	if c.onPort {
 		c.onPort = false
-		p.parked--
+		if !p.gone {
+			p.parked--
+			p.waits.parked--
+		}
 		p.under.Add(c.weight)
 	}
 }

@@ -72,6 +72,10 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 	if a := addrOf(ctx); f.cluster == nil || a != nil && a.peer {
 		return handler(ctx, req)
 	}
+	work := f.work
+	if renews(req) {
+		work = nil
+	}
 	again := false // a leader's answer was lost, and the request sent anew
 	waited := false
 	acquire := f.name(req)
@@ -98,7 +102,7 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 	for elsewhere(err) && time.Now().Before(until) {
 		var conn grpc.ClientConnInterface
 		var known error
-		f.work.elsewhere(func() {
+		work.elsewhere(func() {
 			wait, cancel := context.WithDeadline(ctx, until)
 			defer cancel()
 			defer context.AfterFunc(f.stopping, cancel)()
@@ -129,7 +133,7 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 			resp, err = handler(ctx, req)
 		}
 		if elsewhere(err) {
-			f.work.elsewhere(func() {
+			work.elsewhere(func() {
 				select {
 				case <-time.After(betweenTries):
 				case <-ctx.Done():

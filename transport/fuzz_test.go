@@ -65,7 +65,7 @@ func marshal(f *testing.F, msg proto.Message) []byte {
 
 // answered fails the test when a request was answered in a way that no
 // request may be.
-func answered(t *testing.T, err error) {
+func answeredAny(t *testing.T, err error) {
 	t.Helper()
 	if err == nil {
 		return
@@ -100,7 +100,7 @@ func FuzzAcquireRequest(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		var in pb.AcquireRequest
 		if err := decode(data, &in); err != nil {
-			answered(t, err)
+			answeredAny(t, err)
 			return
 		}
 		op, err := new(operations).of(&in)
@@ -117,7 +117,7 @@ func FuzzAcquireRequest(f *testing.F) {
 			t.Fatalf("converted to %+v", req)
 		}
 		reply, err := m.Do(ctx, req)
-		if answered(t, err); err != nil {
+		if answeredAny(t, err); err != nil {
 			return
 		}
 		g := reply.Grant
@@ -157,7 +157,7 @@ func FuzzRequests(f *testing.F) {
 	locks, leases, orig := &lockService{door: d}, &leaseService{door: d, cluster: &clusterID{node: func() Node { return Node{} }}}, &originalService{door: d}
 	ctx := context.Background()
 	f.Fuzz(func(t *testing.T, method uint8, data []byte) {
-		answered(t, []func() error{
+		answeredAny(t, []func() error{
 			func() error { return try(ctx, data, &pb.ReleaseRequest{}, locks.Release) },
 			func() error { return try(ctx, data, &pb.AbandonRequest{}, locks.Abandon) },
 			func() error { return try(ctx, data, &pb.GetRequest{}, locks.Get) },

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"runtime"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -34,7 +35,7 @@ import (
 // package lease; all methods are safe for concurrent use.
 type Manager interface {
 	Do(context.Context, lease.Operation) (lease.Reply, error)
-	NewPort(bound, waits int) *lease.Port
+	NewPort(bound int, waits *lease.Waits) *lease.Port
 	Leases(ctx context.Context, after lease.ID, limit int) ([]lease.LeaseInfo, bool, error)
 	Locks(ctx context.Context, prefix, after string, limit int) ([]lease.LockInfo, bool, uint64, error)
 	StaleLock(name string) (lease.LockInfo, uint64, error)
@@ -102,7 +103,17 @@ type Config struct {
 	// MaxConnections bounds the connections of clients; 0 sets no bound. Calls on
 	// more are answered RESOURCE_EXHAUSTED.
 	MaxConnections int
+	// MaxCalls bounds the calls under way, streams and waits among them, of all
+	// clients; 0 is 100,000. More are answered RESOURCE_EXHAUSTED, but for those
+	// that renew or give back.
+	MaxCalls int
 }
+
+const (
+	readBuffer = 8 << 10
+	manyCalls  = 32 // begun by one read
+	littleRead = 512
+)
 
 // Server is the gRPC server with all services.
 type Server struct {
@@ -131,7 +142,7 @@ func NewServer(cfg Config) *Server {
 	if cfg.MaxStreams == 0 {
 		cfg.MaxStreams = 10_000
 	}
-	work := newWorkers(cfg.Workers)
+	work, calls := newWorkers(cfg.Workers), &calls{most: int64(cmp.Or(cfg.MaxCalls, defaultMaxCalls)), refused: cfg.Refused}
 	stopping, stop := context.WithCancel(context.Background())
 	forward := &forwarder{
 		cluster: cfg.Cluster, m: cfg.Manager, stopping: stopping, work: work, leaderless: cmp.Or(cfg.Leaderless, time.Second),
@@ -145,7 +156,8 @@ func NewServer(cfg Config) *Server {
 			grpc.WaitForHandlers(true),
 			grpc.NumStreamWorkers(64), // a call's goroutine finds its stack grown
 			grpc.MaxConcurrentStreams(cfg.MaxStreams),
-			grpc.ReadBufferSize(8<<10), // kept by idle connections too
+			grpc.InTapHandle(calls.tap),
+			grpc.ReadBufferSize(readBuffer), // kept by idle connections too
 			// Windows of a fixed size: gRPC finds others by a ping each way with
 			// every message, and lets a connection fill up to 16 MiB.
 			grpc.StaticStreamWindowSize(256<<10),
@@ -163,7 +175,7 @@ func NewServer(cfg Config) *Server {
 	cluster := &clusterID{node: cfg.Node}
 	s.grpc.RegisterService(decoding(&pb.LockService_ServiceDesc), &lockService{door: d})
 	s.grpc.RegisterService(decoding(&pb.LeaseService_ServiceDesc), &leaseService{door: d, cluster: cluster})
-	s.grpc.RegisterService(&pb.StreamService_ServiceDesc, &streamService{m: cfg.Manager, work: work, logger: cfg.Logger, refused: cfg.Refused, cluster: cluster})
+	s.grpc.RegisterService(&pb.StreamService_ServiceDesc, &streamService{m: cfg.Manager, work: newWorkers(cfg.Workers), logger: cfg.Logger, refused: cfg.Refused, cluster: cluster})
 	s.grpc.RegisterService(decoding(&pb.ClusterService_ServiceDesc), &clusterService{m: cfg.Manager, node: cfg.Node, cluster: cfg.Cluster, work: work})
 	s.grpc.RegisterService(decoding(&original.Distlock_ServiceDesc), &originalService{door: d})
 	healthpb.RegisterHealthServer(s.grpc, s.health)
@@ -242,6 +254,11 @@ func unary(logger *zap.Logger, work workers, refused func(string)) grpc.UnarySer
 		if info.FullMethod == healthpb.Health_Check_FullMethodName {
 			return handler(ctx, req) // a busy server is there all the same
 		}
+		defer answered(ctx)
+		work := work
+		if renews(req) {
+			work = nil
+		}
 		bytes, counts := mayTake(req)
 		if !counts {
 			return worked(ctx, req, work, refused, handler)
@@ -285,6 +302,7 @@ func worked(ctx context.Context, req any, work workers, refused func(string), ha
 func streaming(logger *zap.Logger, stopping context.Context) grpc.StreamServerInterceptor {
 	return func(srv any, in grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
 		defer rescue(logger, info.FullMethod, &err)
+		defer answered(in.Context())
 		ctx, cancel := context.WithCancelCause(in.Context())
 		defer cancel(nil)
 		defer context.AfterFunc(stopping, func() { cancel(lease.ErrStopping) })()
@@ -317,8 +335,15 @@ func rescue(logger *zap.Logger, method string, err *error) {
 	}
 }
 
-// workers bounds how many requests are worked on at once; nil sets no bound.
+// workers bounds how many requests are worked on at once; nil sets no bound, and is
+// for renewals: they go before everything else. Streams have workers of their own,
+// for renewals come on them too.
 type workers chan struct{}
+
+func renews(req any) bool {
+	_, ok := req.(*pb.KeepAliveRequest)
+	return ok
+}
 
 func newWorkers(n int) workers {
 	if n <= 0 {
@@ -408,7 +433,8 @@ func (l markedListener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &markedConn{Conn: conn, addr: &markedAddr{Addr: conn.RemoteAddr(), peer: l.peer}}
+	c := &markedConn{Conn: conn, addr: &markedAddr{Addr: conn.RemoteAddr(), peer: l.peer, since: time.Now()}}
+	c.addr.waits = lease.NewWaits(maxWaits)
 	c.addr.box = l.unread.open(conn.RemoteAddr().String(), func() { conn.Close() })
 	return c, nil
 }
@@ -420,13 +446,42 @@ type markedConn struct {
 
 type markedAddr struct {
 	net.Addr
-	peer   bool
-	closed atomic.Bool
-	box    *outbox
+	peer    bool
+	closed  atomic.Bool
+	box     *outbox
+	streams atomic.Int64 // of Multiplex, that are open
+	waits   *lease.Waits // of those
+	headers atomic.Int64 // bytes, of calls under way that have many
+
+	since    time.Time
+	ended    atomic.Int64 // calls
+	answered atomic.Int64 // of those that their clients had not ended
+
+	// The reading goroutine's own: calls that the last read began.
+	begun int
 }
 
 // RemoteAddr implements net.Conn.
 func (c *markedConn) RemoteAddr() net.Addr { return c.addr }
+
+// Read implements net.Conn. Who sends without a pause lets others have a turn after
+// each buffer, for a goroutine that never waits is stopped only every 10 ms; and who
+// begins many calls at once is read little by little, for each is a goroutine.
+func (c *markedConn) Read(p []byte) (int, error) {
+	most := len(p)
+	if c.addr.begun > manyCalls {
+		most = min(most, littleRead)
+	}
+	if d := c.addr.pause(); d > 0 {
+		time.Sleep(d)
+	}
+	c.addr.begun = 0
+	n, err := c.Conn.Read(p[:most])
+	if n == most && (n >= readBuffer || most < len(p)) {
+		runtime.Gosched()
+	}
+	return n, err
+}
 
 // Close implements net.Conn.
 func (c *markedConn) Close() error {

@@ -19,9 +19,11 @@ import (
 const (
 	// maxUnderWay bounds what is under way on one stream before its reading
 	// stops: operations not answered, and answers that the client has not
-	// taken. Waits do not count, for a release must get past them.
-	maxUnderWay = 8192
-	// maxWaits bounds the acquisitions that wait on one stream.
+	// taken. Waits do not count, for a release must get past them. The nth stream
+	// of a connection has an nth of it.
+	maxUnderWay   = 8192
+	leastUnderWay = 16
+	// maxWaits bounds the acquisitions that wait on the streams of one connection.
 	maxWaits = 65_536
 	// maxOperations bounds one message.
 	maxOperations = 8192
@@ -42,7 +44,12 @@ type multiplexStream = grpc.BidiStreamingServer[pb.MultiplexRequest, pb.Multiple
 // and both end with the call. Between them stands the manager's port, so that
 // no operation needs a goroutine of its own.
 func (s *streamService) Multiplex(stream multiplexStream) error {
-	port := s.m.NewPort(maxUnderWay, maxWaits)
+	under, waits := maxUnderWay, lease.NewWaits(maxWaits)
+	if a := addrOf(stream.Context()); a != nil {
+		under, waits = max(maxUnderWay/int(a.streams.Add(1)), leastUnderWay), a.waits
+		defer a.streams.Add(-1)
+	}
+	port := s.m.NewPort(under, waits)
 	connection := connectionOf(stream)
 	defer func() { port.Close(detached(connection)) }()
 	read := make(chan error, 1)

@@ -45,6 +45,7 @@ func serveCommand(use string) *cobra.Command {
 	flags.StringVar(&f.Address, "address", "[::]", "address to listen on")
 	flags.IntVar(&f.Port, "port", 50051, "port to listen on; 0 for any")
 	flags.IntVar(&f.MaxConnections, "max-connections", 0, "connections of clients; 0: as files allow")
+	flags.IntVar(&f.MaxCalls, "max-calls", 100_000, "calls, waits and streams at once")
 	flags.IntVar(&f.maxWorkers, "max-workers", 5, "requests worked on at once")
 	flags.BoolVar(&f.runAsync, "run-async", false, "no such bound; --max-workers is ignored")
 	flags.StringVar(&f.DataDir, "data-dir", "distlock-data", "log directory")
@@ -92,6 +93,8 @@ func (f *serveFlags) run(cmd *cobra.Command) error {
 		return usage("--port must be from 0 to 65535, and is %d", f.Port)
 	case f.MaxConnections < 0:
 		return usage("--max-connections must not be negative, and is %d", f.MaxConnections)
+	case f.MaxCalls < 1:
+		return usage("--max-calls must be at least 1, and is %d", f.MaxCalls)
 	case f.maxWorkers < 1 && !f.runAsync:
 		return usage("--max-workers must be at least 1, and is %d; --run-async sets no bound", f.maxWorkers)
 	case f.Bounds.MinTTL <= 0 || f.Bounds.MaxTTL < f.Bounds.MinTTL:

@@ -31,6 +31,7 @@ func TestMain(m *testing.M) {
 		holderEnv:  func(args []string) error { return holder(args[0], args[1], args[2]) },
 		writerEnv:  func(args []string) error { return writer(args[0], args[1], args[2]) },
 		hostileEnv: func(args []string) error { return hostile(args[0]) },
+		attackEnv:  func(args []string) error { return attack(args[0], args[1]) },
 		crowdEnv:   func(args []string) error { return crowd(args[0], args[1], args[2]) },
 	} {
 		if os.Getenv(env) == "" {

@@ -29,39 +29,56 @@ type Conn struct {
 // with the test, and within 20 seconds: what does not come fails.
 func Dial(t testing.TB, address string, settings ...http2.Setting) *Conn {
 	t.Helper()
-	conn, err := net.Dial("tcp", address)
+	c, err := Open(address, settings...)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(20 * time.Second))
-	c := &Conn{Conn: conn, Framer: http2.NewFramer(conn, conn), t: t, next: 1}
-	c.enc = hpack.NewEncoder(&c.head)
-	if _, err := conn.Write([]byte(http2.ClientPreface)); err != nil {
-		t.Fatal(err)
-	}
-	if err := c.WriteSettings(settings...); err != nil {
-		t.Fatal(err)
-	}
+	t.Cleanup(func() { c.Close() })
+	c.t = t
+	c.SetDeadline(time.Now().Add(20 * time.Second))
 	return c
+}
+
+// Open is Dial outside of a test. What needs one is not to be called.
+func Open(address string, settings ...http2.Setting) (*Conn, error) {
+	conn, err := net.DialTimeout("tcp", address, 5*time.Second)
+	if err != nil {
+		return nil, err
+	}
+	c := &Conn{Conn: conn, Framer: http2.NewFramer(conn, conn), next: 1}
+	c.enc = hpack.NewEncoder(&c.head)
+	if _, err = conn.Write([]byte(http2.ClientPreface)); err == nil {
+		err = c.WriteSettings(settings...)
+	}
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return c, nil
 }
 
 // Lazy are the settings of who lets a server send nothing of a call's answer until
 // Open.
 func Lazy() http2.Setting { return http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0} }
 
-// Begin sends the headers of a call, and returns its stream.
-func (c *Conn) Begin(method string) (uint32, error) {
-	id := c.next
+// Headers are those of a call of a new stream, with more behind them.
+func (c *Conn) Headers(method string, more ...string) (id uint32, block []byte) {
+	id = c.next
 	c.next += 2
 	c.head.Reset()
-	for _, h := range [][2]string{
-		{":method", "POST"}, {":scheme", "http"}, {":path", method}, {":authority", "x"},
-		{"content-type", "application/grpc"}, {"te", "trailers"},
-	} {
-		c.enc.WriteField(hpack.HeaderField{Name: h[0], Value: h[1]})
+	list := append([]string{
+		":method", "POST", ":scheme", "http", ":path", method, ":authority", "x", "content-type", "application/grpc", "te", "trailers",
+	}, more...)
+	for i := 0; i < len(list); i += 2 {
+		c.enc.WriteField(hpack.HeaderField{Name: list[i], Value: list[i+1]})
 	}
-	return id, c.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: c.head.Bytes(), EndHeaders: true})
+	return id, c.head.Bytes()
+}
+
+// Begin sends the headers of a call, and returns its stream.
+func (c *Conn) Begin(method string, more ...string) (uint32, error) {
+	id, block := c.Headers(method, more...)
+	return id, c.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: block, EndHeaders: true})
 }
 
 // Message is a message as it stands in a stream.

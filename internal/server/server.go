@@ -56,7 +56,9 @@ type Config struct {
 	MaxWorkers int
 	// MaxConnections bounds the connections of clients; 0 is what the limit of
 	// open files leaves.
-	MaxConnections  int
+	MaxConnections int
+	// MaxCalls bounds the calls under way of all clients; default 100,000.
+	MaxCalls        int
 	MaxMessageBytes int // default 1 MiB
 	Bounds          lease.Bounds
 	// DrainTimeout bounds how long calls under way may take to finish once
@@ -132,6 +134,8 @@ func (c *Config) validate() error {
 		return fmt.Errorf("the port must be from 0 to 65535, and is %d", c.Port)
 	case c.MaxConnections < 0:
 		return fmt.Errorf("the number of connections must not be negative, and is %d", c.MaxConnections)
+	case c.MaxCalls < 0:
+		return fmt.Errorf("the number of calls must not be negative, and is %d", c.MaxCalls)
 	case c.MaxWorkers < 0:
 		return fmt.Errorf("the number of workers must not be negative, and is %d", c.MaxWorkers)
 	case c.MaxMessageBytes < 0 || c.MaxMessageBytes > 64<<20:
@@ -150,7 +154,7 @@ func (c *Config) validate() error {
 		return fmt.Errorf("--initial-cluster must name this node: %s=%s", c.NodeID, c.PeerAddress)
 	case c.ElectionTimeout < 0 || c.ElectionTimeout > 0 && c.ElectionTimeout < 50*time.Millisecond:
 		return fmt.Errorf("the election timeout must be at least 50ms, and is %v", c.ElectionTimeout)
-	case b.MaxLockDelay < 0 || b.MaxNamesPerCall < 0 || b.MaxLeases < 0 || b.MaxLocks < 0 || b.MaxWaiters < 0:
+	case b.MaxLockDelay < 0 || b.MaxNamesPerCall < 0 || b.MaxLeases < 0 || b.MaxLocks < 0 || b.MaxWaiters < 0 || b.MaxPending < 0:
 		return errors.New("a bound must not be negative")
 	}
 	return nil
@@ -258,7 +262,7 @@ func (s *Server) open() error {
 	s.manager = manager
 	config := transport.Config{
 		Manager: manager, Node: s.node, Logger: s.cfg.Logger,
-		MaxConnections: cmp.Or(s.cfg.MaxConnections, s.files.connections), Workers: s.cfg.MaxWorkers, MaxMessageBytes: s.cfg.MaxMessageBytes, Refused: refused,
+		MaxConnections: cmp.Or(s.cfg.MaxConnections, s.files.connections), MaxCalls: s.cfg.MaxCalls, Workers: s.cfg.MaxWorkers, MaxMessageBytes: s.cfg.MaxMessageBytes, Refused: refused,
 	}
 	if s.replica != nil {
 		config.Cluster = s.replica

@@ -1,0 +1,172 @@
+package transport
+
+import (
+	"context"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"github.com/distlock/distlock/internal/http2test"
+	"github.com/distlock/distlock/lease"
+	pb "github.com/distlock/distlock/proto/distlock/v1"
+)
+
+// TestCallsAreBounded: a call too many of all is refused at once, but for what
+// renews or gives back, and what other members forward; there is room again once
+// others have ended.
+func TestCallsAreBounded(t *testing.T) {
+	r := serve(t, Config{Manager: running(t), MaxCalls: 3})
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan error, 1)
+	go func() { served <- r.ServePeers(l) }()
+	defer func() {
+		l.Close()
+		<-served
+	}()
+	ctx, cancel := context.WithCancel(t.Context())
+	for range 3 {
+		w, err := r.locks().Watch(ctx, &pb.WatchRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Recv(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	get := func() error {
+		_, err := r.locks().Get(soon(t), &pb.GetRequest{Name: "a"})
+		return err
+	}
+	if err := get(); status.Code(err) != codes.ResourceExhausted || reasonOf(err) != ReasonExhausted {
+		t.Errorf("one more: %v", err)
+	}
+	if _, err := r.leases().KeepAlive(soon(t), &pb.KeepAliveRequest{LeaseIds: []uint64{1}}); err != nil {
+		t.Errorf("a renewal: %v", err)
+	}
+	if _, err := r.locks().Release(soon(t), &pb.ReleaseRequest{LeaseId: 1, Token: 1}); status.Code(err) == codes.ResourceExhausted {
+		t.Errorf("a release: %v", err)
+	}
+	peer := dial(t, l.Addr().String())
+	defer peer.Close()
+	if _, err := pb.NewLockServiceClient(peer).Get(soon(t), &pb.GetRequest{Name: "a"}); err != nil {
+		t.Errorf("forwarded: %v", err)
+	}
+	cancel()
+	soonTrue(t, "there is room again", func() bool { return get() == nil })
+}
+
+// TestCallsThatAreOnlyBegunAreBounded: a call counts from its headers on, whether
+// its client goes on with it or not, until it ends with its connection.
+func TestCallsThatAreOnlyBegunAreBounded(t *testing.T) {
+	r := serve(t, Config{Manager: running(t), MaxCalls: 10})
+	get := func() error {
+		_, err := r.locks().Get(soon(t), &pb.GetRequest{Name: "a"})
+		return err
+	}
+	c := http2test.Dial(t, r.address)
+	for range 10 {
+		if _, err := c.Begin(pb.LockService_List_FullMethodName); err != nil {
+			t.Fatal(err)
+		}
+	}
+	soonTrue(t, "a call is refused", func() bool { return status.Code(get()) == codes.ResourceExhausted })
+	c.Close()
+	soonTrue(t, "there is room again", func() bool { return get() == nil })
+}
+
+// TestHeadersAreBounded: calls of one connection whose headers take much are refused
+// when they take too much together, and no other is.
+func TestHeadersAreBounded(t *testing.T) {
+	r := serve(t, Config{Manager: running(t)})
+	c := http2test.Dial(t, r.address)
+	const each = 10 << 10
+	most := maxHeaders / each
+	for range most + 20 {
+		if _, err := c.Begin(pb.LockService_List_FullMethodName, "x-pad", strings.Repeat("x", each)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 20 {
+		if _, _, end := c.Next(); !end {
+			t.Fatal("one was answered with data")
+		}
+	}
+	if _, err := r.locks().Get(metadata.AppendToOutgoingContext(soon(t), "x-pad", strings.Repeat("x", each)), &pb.GetRequest{Name: "a"}); err != nil {
+		t.Errorf("another connection: %v", err)
+	}
+}
+
+// TestWhoEndsCallsIsReadMoreSlowly: who ends more calls than a server is to do for
+// nothing waits for as long as that many take.
+func TestWhoEndsCallsIsReadMoreSlowly(t *testing.T) {
+	a := &markedAddr{since: time.Now()}
+	a.ended.Store(maxResets)
+	if d := a.pause(); d > 0 {
+		t.Errorf("%v within the bound", d)
+	}
+	a.ended.Add(1 << 20)
+	if d := a.pause(); d != maxPause {
+		t.Errorf("%v far beyond it", d)
+	}
+	a.answered.Add(1 << 20)
+	if d := a.pause(); d > 0 {
+		t.Errorf("%v when they were answered", d)
+	}
+	a.ended.Add(maxResets)
+	a.since = a.since.Add(-time.Minute)
+	if d := a.pause(); d > 0 {
+		t.Errorf("%v a minute later", d)
+	}
+}
+
+// TestRenewalsWaitForNoWorker: what renews is answered while all workers are busy,
+// as a unary call and on a stream.
+func TestRenewalsWaitForNoWorker(t *testing.T) {
+	busy, done := make(chan struct{}), make(chan struct{})
+	m := running(t)
+	r := serve(t, Config{Workers: 1, Manager: &blocked{m, busy, done}})
+	listed := make(chan error, 1)
+	go func() {
+		_, err := r.locks().List(soon(t), &pb.ListRequest{})
+		listed <- err
+	}()
+	<-busy
+	if _, err := r.leases().KeepAlive(soon(t), &pb.KeepAliveRequest{LeaseIds: []uint64{1}}); err != nil {
+		t.Error(err)
+	}
+	s, err := pb.NewStreamServiceClient(r.conn).Multiplex(soon(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = s.Send(&pb.MultiplexRequest{Operations: []*pb.Operation{{Id: 1, Call: &pb.Operation_KeepAlive{KeepAlive: &pb.KeepAliveRequest{LeaseIds: []uint64{1}}}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Recv(); err != nil {
+		t.Error(err)
+	}
+	close(done)
+	if err := <-listed; err != nil {
+		t.Error(err)
+	}
+}
+
+// blocked keeps a worker busy with a list.
+type blocked struct {
+	Manager
+	busy, done chan struct{}
+}
+
+func (b *blocked) Locks(context.Context, string, string, int) ([]lease.LockInfo, bool, uint64, error) {
+	close(b.busy)
+	<-b.done
+	return nil, false, 0, nil
+}
