@@ -45,7 +45,7 @@ func serveCommand(use string) *cobra.Command {
 	flags.StringVar(&f.Address, "address", "[::]", "address to listen on")
 	flags.IntVar(&f.Port, "port", 50051, "port to listen on; 0 for any")
 	flags.IntVar(&f.MaxConnections, "max-connections", 0, "connections of clients; 0: as files allow")
-	flags.IntVar(&f.MaxCalls, "max-calls", 100_000, "calls, waits and streams at once")
+	flags.IntVar(&f.MaxCalls, "max-calls", 100_000, "calls and streams at once")
 	flags.IntVar(&f.maxWorkers, "max-workers", 5, "requests worked on at once")
 	flags.BoolVar(&f.runAsync, "run-async", false, "no such bound; --max-workers is ignored")
 	flags.StringVar(&f.DataDir, "data-dir", "distlock-data", "log directory")
