@@ -22,6 +22,9 @@ WITHIN        ?= 0s
 DURATION      ?= 10m
 BELIEVE       ?= 1m
 MISTAKES      ?= 100
+ATTACKS       ?= 3
+RETURNING     ?= 1000000
+RETURNING_TTL ?= 30s
 # Operations that make believe goes on for at least, on one node and on three.
 BELIEVED      ?= 0
 RECORDS       ?= 1000
@@ -123,6 +126,11 @@ upgrade: ## run the build of OLD beside this one, and upgrade a cluster under lo
 .PHONY: believe
 believe: ## hold what servers have against what real clients believe, under faults, for BELIEVE
 	$(GO) test ./internal/e2e -v -timeout 0 -run TestBelieve -args -believe $(BELIEVE) -believed $(BELIEVED)
+
+.PHONY: hostile
+hostile: ## attack servers as one peer can, ATTACKS times as hard as CI does; RETURNING leases come back at once
+	$(GO) test ./internal/e2e -v -timeout 0 -run '^(TestAttack|TestHostile|TestStrangers|TestTooManyConnections|TestEverybodyReturns)' \
+	  -args -attacks $(ATTACKS) -returning $(RETURNING) -returning-ttl $(RETURNING_TTL)
 
 .PHONY: members
 members: ## make MISTAKES sequences of operators' mistakes with a cluster, and judge what is left

@@ -357,3 +357,60 @@ func TestSubmittedToAPortThatIsClosed(t *testing.T) {
 		}
 	})
 }
+
+// TestWaitsOfOneConnection: ports that share waits have one bound together, and one
+// that is closed gives its part back.
+func TestWaitsOfOneConnection(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		holder, err := r.own("a", time.Hour, 0, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		shared := NewWaits(2)
+		p, q := r.NewPort(100, shared), r.NewPort(100, shared)
+		submit(t, p, func(b *Batch) { b.Acquire(1, own(1, WaitForever, "a")); b.Acquire(2, own(2, WaitForever, "a")) })
+		synctest.Wait()
+		submit(t, q, func(b *Batch) { b.Acquire(1, own(3, WaitForever, "a")) })
+		var exhausted *ExhaustedError
+		if got, _ := replies(t, q); !errors.As(got[1].Err, &exhausted) {
+			t.Errorf("a third wait: %+v", got[1])
+		}
+		p.Close(false)
+		synctest.Wait()
+		submit(t, q, func(b *Batch) { b.Acquire(2, own(4, WaitForever, "a")); b.Acquire(3, own(5, WaitForever, "a")) })
+		if got, _ := replies(t, q); len(got) != 0 {
+			t.Errorf("with room: %+v", got)
+		}
+		submit(t, q, func(b *Batch) { b.Cancel(2); b.Cancel(3) })
+		replies(t, q)
+		submit(t, q, func(b *Batch) { b.Acquire(4, own(6, WaitForever, "a")); b.Acquire(5, own(7, WaitForever, "a")) })
+		if got, _ := replies(t, q); len(got) != 0 {
+			t.Errorf("after cancels: %+v", got)
+		}
+		q.Close(false)
+		r.release(holder)
+	})
+}
+
+// TestACancelWeighs: what cancels counts until it has been taken in, like what it
+// cancels.
+func TestACancelWeighs(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		p := r.NewPort(100, NewWaits(100))
+		b := p.Batch(10)
+		for i := range 10 {
+			b.Cancel(uint64(i + 1))
+		}
+		if b.weight != 10 {
+			t.Errorf("ten weigh %d", b.weight)
+		}
+		if err := p.Submit(t.Context(), b); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if n := p.under.Load(); n != 0 {
+			t.Errorf("%d are under way", n)
+		}
+		p.Close(false)
+	})
+}

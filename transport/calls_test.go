@@ -2,6 +2,7 @@ package transport
 
 import (
 	"context"
+	"io"
 	"net"
 	"strings"
 	"testing"
@@ -169,4 +170,51 @@ func (b *blocked) Locks(context.Context, string, string, int) ([]lease.LockInfo,
 	close(b.busy)
 	<-b.done
 	return nil, false, 0, nil
+}
+
+// TestBackupsAreBounded: a backup keeps everything as it was when it began.
+func TestBackupsAreBounded(t *testing.T) {
+	c := &backups{began: make(chan struct{}, 10), end: make(chan struct{})}
+	r := serve(t, Config{Manager: running(t), Cluster: c})
+	client := pb.NewClusterServiceClient(r.conn)
+	var all []pb.ClusterService_BackupClient
+	for range maxBackups {
+		b, err := client.Backup(soon(t), &pb.BackupRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-c.began
+		all = append(all, b)
+	}
+	more := func() error {
+		b, err := client.Backup(soon(t), &pb.BackupRequest{})
+		if err == nil {
+			_, err = b.Recv()
+		}
+		return err
+	}
+	if err := more(); status.Code(err) != codes.ResourceExhausted {
+		t.Errorf("one more: %v", err)
+	}
+	close(c.end)
+	for _, b := range all {
+		if _, err := b.Recv(); err != io.EOF {
+			t.Error(err)
+		}
+	}
+	if err := more(); err != io.EOF {
+		t.Errorf("when they have ended: %v", err)
+	}
+}
+
+// backups is a cluster whose backups take until end.
+type backups struct {
+	Cluster
+	began, end chan struct{}
+}
+
+func (b *backups) Backup(io.Writer) error {
+	b.began <- struct{}{}
+	<-b.end
+	return nil
 }

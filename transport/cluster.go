@@ -37,6 +37,7 @@ type clusterService struct {
 	node    func() Node
 	cluster Cluster
 	work    workers
+	backups atomic.Int64 // under way
 }
 
 // Status is answered by every node, leader or not, of what it has itself.
@@ -101,13 +102,22 @@ func (s *clusterService) TransferLeadership(_ context.Context, r *pb.TransferLea
 	})
 }
 
-// backupChunk is about how much of a backup one message carries.
-const backupChunk = 256 << 10
+const (
+	// backupChunk is about how much of a backup one message carries.
+	backupChunk = 256 << 10
+	// maxBackups bounds those under way: each keeps everything in memory as it was
+	// when it began, for as long as its client takes to read it.
+	maxBackups = 2
+)
 
 func (s *clusterService) Backup(_ *pb.BackupRequest, stream pb.ClusterService_BackupServer) error {
 	if s.cluster == nil {
 		return &lease.MemberError{Msg: "a server that keeps nothing on disk has nothing to back up"}
 	}
+	if !room(&s.backups, maxBackups) {
+		return &lease.ExhaustedError{What: "backups at once", Max: maxBackups}
+	}
+	defer s.backups.Add(-1)
 	w := bufio.NewWriterSize(chunks{stream}, backupChunk)
 	if err := s.cluster.Backup(w); err != nil {
 		return err

@@ -5,9 +5,11 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -194,4 +196,248 @@ func TestAttackForwarding(t *testing.T) {
 		}
 	}
 	t.Logf("the slowest of 100 beside forwarded waits: %v; %d waits were refused", slowest, refused.Load())
+}
+
+// TestAttackBackups: backups that nobody reads keep everything as it was when they
+// began; there are but a few at once, and those are cut.
+func TestAttackBackups(t *testing.T) {
+	srv := startServer(t, "--data-dir", t.TempDir())
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	quiet, err := client.New([]string{srv.address})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer quiet.Close()
+	lists(t, ctx, quiet)
+	grants(t, ctx, quiet)
+	p50, p99 := grants(t, ctx, quiet)
+	before, peak := srv.memory(), srv.peak()
+	for range 10 * *attacks {
+		c := http2test.Dial(t, srv.address, http2test.Lazy())
+		for range 100 {
+			c.Call(pb.ClusterService_Backup_FullMethodName, &pb.BackupRequest{})
+		}
+		// What it keeps is not what is now.
+		for i := range 250 {
+			lock, err := quiet.TryAcquire(ctx, fmt.Sprint("churn/", i), client.TTL(time.Hour))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := lock.Release(ctx); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	during50, during99 := grants(t, ctx, quiet)
+	most := peak()
+	t.Logf("a quiet client's grants: p50 %v and p99 %v alone, %v and %v beside backups that nobody reads; the server took %d MiB and then %d",
+		p50, p99, during50, during99, before>>20, most>>20)
+	conn, err := grpc.NewClient("passthrough:///"+srv.address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	b, err := pb.NewClusterServiceClient(conn).Backup(ctx, &pb.BackupRequest{})
+	if err == nil {
+		_, err = b.Recv()
+	}
+	if status.Code(err) != codes.ResourceExhausted && *against == "" {
+		t.Errorf("one more: %v", err)
+	}
+	if most > before+200<<20 {
+		t.Errorf("the server took %d MiB, and %d before", most>>20, before>>20)
+	}
+}
+
+// TestAttackSlowMember: a follower that is stopped keeps what it lacks on the
+// leader's disk, not in its memory, and costs others nothing.
+func TestAttackSlowMember(t *testing.T) {
+	g := startGroup(t, 3)
+	leader := g.leader()
+	g.settled(leader, 3)
+	var follower *member
+	for _, m := range g.members {
+		if m != leader {
+			follower = m
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	quiet, err := client.New([]string{leader.address})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer quiet.Close()
+	pad := client.Metadata(map[string]string{"pad": strings.Repeat("x", 4000)})
+	load := func() {
+		var group sync.WaitGroup
+		defer group.Wait()
+		for w := range 32 {
+			group.Go(func() {
+				for i := range 100 * *attacks {
+					lock, err := quiet.TryAcquire(ctx, fmt.Sprint("load/", w, "/", i), client.TTL(time.Minute), pad)
+					if err == nil {
+						err = lock.Release(ctx)
+					}
+					if err != nil {
+						t.Error(err)
+						return
+					}
+				}
+			})
+		}
+	}
+	load()
+	grants(t, ctx, quiet)
+	p50, p99 := grants(t, ctx, quiet)
+	before := leader.memory()
+	follower.signal(syscall.SIGSTOP)
+	peak := leader.peak()
+	load()
+	during50, during99 := grants(t, ctx, quiet)
+	most := peak()
+	follower.signal(syscall.SIGCONT)
+	g.settled(leader, 3)
+	t.Logf("a quiet client's grants: p50 %v and p99 %v with all members, %v and %v with one that is stopped; the leader took %d MiB and then %d",
+		p50, p99, during50, during99, before>>20, most>>20)
+	if most > before+200<<20 {
+		t.Errorf("the leader took %d MiB, and %d before", most>>20, before>>20)
+	}
+}
+
+// TestAttackPeerPort: whoever connects to the peer ports and says nothing keeps no
+// member out: one that starts again is back, another leads when the leader dies, and
+// a lease goes on. Over mutual TLS, for a handshake is dearer than a greeting.
+func TestAttackPeerPort(t *testing.T) {
+	flags := certificates(t, t.TempDir())
+	g := &group{t: t, net: newPartitions(t), dir: t.TempDir()}
+	var initial []string
+	for _, id := range []string{"n1", "n2", "n3"} {
+		m := &member{id: id, peer: freeAddress(t)} // no proxy: it could not read who connects
+		g.members = append(g.members, m)
+		initial = append(initial, id+"="+m.peer)
+	}
+	var addresses []string
+	for _, m := range g.members {
+		g.launch(m, m.peer, append([]string{"--initial-cluster", strings.Join(initial, ",")}, flags...)...)
+		m.start()
+		addresses = append(addresses, m.address)
+	}
+	leader := g.leader()
+	g.settled(leader, 3)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	quiet, err := client.New(addresses)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer quiet.Close()
+	held, err := quiet.Acquire(ctx, "held", client.TTL(10*time.Second))
+	if err != nil {
+		t.Fatal(err)
+	}
+	idle := 1000 * *attacks
+	raiseFiles(t, uint64(3*idle+1000))
+	var group sync.WaitGroup
+	defer group.Wait()
+	attack, end := context.WithCancel(ctx)
+	defer end()
+	var open, made atomic.Int64
+	for _, m := range g.members {
+		for range idle {
+			group.Go(func() { // it comes back when it is closed
+				for attack.Err() == nil {
+					if conn, err := net.Dial("tcp", m.peer); err == nil {
+						open.Add(1)
+						made.Add(1)
+						stop := context.AfterFunc(attack, func() { conn.Close() })
+						conn.Read(make([]byte, 1))
+						stop()
+						conn.Close()
+						open.Add(-1)
+					}
+					select {
+					case <-attack.Done():
+					case <-time.After(time.Second):
+					}
+				}
+			})
+		}
+	}
+	waitFor(t, ctx, func() bool { return made.Load() >= int64(3*idle) })
+	var follower *member
+	for _, m := range g.members {
+		if m != leader {
+			follower = m
+		}
+	}
+	follower.kill()
+	began := time.Now()
+	follower.start()
+	g.settled(leader, 3)
+	back := time.Since(began)
+	began = time.Now()
+	leader.kill()
+	g.leader(leader)
+	elected := time.Since(began)
+	leader.start()
+	if err := held.Err(); err != nil {
+		t.Errorf("the lease: %v", err)
+	}
+	t.Logf("%d idle connections to each peer port, %d made: a member that starts again is back after %v, another leads after %v (election timeout %v)",
+		idle, made.Load(), back.Round(time.Millisecond), elected.Round(time.Millisecond), *election)
+}
+
+// TestAttackWatches: watches of other locks cost who works on his own nothing.
+func TestAttackWatches(t *testing.T) {
+	srv := startServer(t, "--in-memory")
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	quiet, err := client.New([]string{srv.address})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer quiet.Close()
+	cycles := func() (n int) {
+		var group sync.WaitGroup
+		var count atomic.Int64
+		for until, w := time.Now().Add(2*time.Second), 0; w < 16; w++ {
+			group.Go(func() {
+				for time.Now().Before(until) {
+					lock, err := quiet.TryAcquire(ctx, fmt.Sprint("own/", w), client.TTL(time.Minute))
+					if err == nil {
+						err = lock.Release(ctx)
+					}
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					count.Add(1)
+				}
+			})
+		}
+		group.Wait()
+		return int(count.Load())
+	}
+	cycles()
+	alone := cycles()
+	conn, err := grpc.NewClient("passthrough:///"+srv.address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	watch, end := context.WithCancel(ctx)
+	defer end()
+	const watches = 9990
+	for i := range watches {
+		w, err := pb.NewLockServiceClient(conn).Watch(watch, &pb.WatchRequest{Prefix: fmt.Sprint("other/", i)})
+		if err == nil {
+			_, err = w.Recv()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("lock cycles of 16 workers in 2s: %d alone, %d beside %d silent watches", alone, cycles(), watches)
 }

@@ -138,6 +138,9 @@ var attackKinds = []struct {
 // attack does one of them on some connections at once, which it makes anew, until
 // it is killed.
 func attack(address, kind string) error {
+	if kind == flooding {
+		return flood(address)
+	}
 	for _, k := range attackKinds {
 		if k.name != kind {
 			continue
@@ -181,6 +184,25 @@ func http1(address string) {
 	io.Copy(io.Discard, conn)
 }
 
+// attacked has a process attack the server until end.
+func (s *server) attacked(kind string) (end func()) {
+	s.t.Helper()
+	command := []string{os.Args[0], s.address, kind}
+	if _, err := exec.LookPath("chrt"); err == nil { // of util-linux
+		command = append([]string{"chrt", "--idle", "0"}, command...)
+	}
+	cmd := exec.Command(command[0], command[1:]...)
+	cmd.Env = append(os.Environ(), attackEnv+"=1")
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	return func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	}
+}
+
 // TestAttackProtocol: what HTTP/2 lets a peer send for next to nothing costs others
 // little, and the server no memory. The attackers are a process that gets what
 // processor time the others leave: on a network they would have processors of their
@@ -200,23 +222,14 @@ func TestAttackProtocol(t *testing.T) {
 	for _, k := range attackKinds {
 		p50, p99 := grants(t, ctx, quiet)
 		before := srv.memory()
-		cmd := exec.Command(os.Args[0], srv.address, k.name)
-		if _, err := exec.LookPath("chrt"); err == nil { // of util-linux
-			cmd = exec.Command("chrt", "--idle", "0", os.Args[0], srv.address, k.name)
-		}
-		cmd.Env = append(os.Environ(), attackEnv+"=1")
-		cmd.Stderr = os.Stderr
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
+		end := srv.attacked(k.name)
 		peak := srv.peak()
 		var during50, during99 time.Duration
 		for until := time.Now().Add(time.Duration(*attacks) * time.Second); time.Now().Before(until); {
 			during50, during99 = grants(t, ctx, quiet)
 		}
 		most := peak()
-		cmd.Process.Kill()
-		cmd.Wait()
+		end()
 		fmt.Fprintf(&table, "%-32s p50 %8v, then %8v; p99 %8v, then %8v: %.1fx; %d MiB, then %d\n", k.name,
 			p50.Round(time.Microsecond), during50.Round(time.Microsecond), p99.Round(time.Microsecond), during99.Round(time.Microsecond),
 			float64(during99)/float64(p99), before>>20, most>>20)
