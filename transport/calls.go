@@ -5,6 +5,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/tap"
@@ -15,11 +17,13 @@ import (
 
 // calls bounds the calls under way on all connections of clients, from their headers
 // on: whoever begins a call need not go on with it. One too many is refused before
-// it costs a goroutine.
+// it is worked on. It is not gRPC that refuses it, when its headers come: the timer
+// of its deadline would be left, for as long as the client has said.
 type calls struct {
 	most    int64
 	under   atomic.Int64
 	refused func(reason string)
+	logger  *zap.Logger
 }
 
 const (
@@ -28,8 +32,15 @@ const (
 	// fewHeaders is what a call's headers may take and not count; others may take
 	// maxHeaders together, on one connection.
 	fewHeaders = 1 << 10
-	maxHeaders = 1 << 20
+	maxHeaders = 4 << 20
+	// maxSilent bounds the calls of one connection that wait for what is asked,
+	// when there are too many calls.
+	maxSilent = 1000
 )
+
+// ReasonSilentCalls is the reason under which connections are counted that were cut
+// because their clients begin calls and do not go on with them. Nobody is told.
+const ReasonSilentCalls = "SILENT_CALLS"
 
 // brief are the calls that are never one too many: they renew or give back, wait
 // for nobody, and each connection has but so many.
@@ -42,6 +53,14 @@ var brief = map[string]bool{
 	healthpb.Health_Check_FullMethodName:       true,
 }
 
+// begun is a call whose headers have come.
+type begun struct {
+	refused *lease.ExhaustedError
+	asked   atomic.Bool // or over
+}
+
+type begunKey struct{}
+
 // tap is called on a connection's reading goroutine, which must not wait.
 func (c *calls) tap(ctx context.Context, info *tap.Info) (context.Context, error) {
 	a := addrOf(ctx)
@@ -49,24 +68,71 @@ func (c *calls) tap(ctx context.Context, info *tap.Info) (context.Context, error
 		return ctx, nil
 	}
 	a.begun++
-	if now := c.under.Add(1); now > c.most && !brief[info.FullMethodName] {
-		c.under.Add(-1)
-		return nil, c.refuse("calls under way", c.most)
-	}
+	call := &begun{}
+	silent := a.silent.Add(1)
 	bytes := sizeOfHeaders(info.Header)
 	if bytes <= fewHeaders {
 		bytes = 0
-	} else if a.headers.Add(bytes) > maxHeaders {
-		a.headers.Add(-bytes)
-		c.under.Add(-1)
-		return nil, c.refuse("bytes of the headers of calls under way on one connection", maxHeaders)
+	}
+	headers := a.headers.Add(bytes)
+	switch under := c.under.Add(1); {
+	case bytes > 0 && headers > maxHeaders:
+		call.refused = &lease.ExhaustedError{What: "bytes of the headers of calls under way on one connection", Max: maxHeaders}
+		c.cut(a, headers > 2*maxHeaders)
+	case under > c.most && !brief[info.FullMethodName]:
+		call.refused = &lease.ExhaustedError{What: "calls under way", Max: int(c.most)}
+		c.cut(a, silent > maxSilent)
 	}
 	context.AfterFunc(ctx, func() {
 		c.under.Add(-1)
 		a.headers.Add(-bytes)
 		a.ended.Add(1)
+		if call.asked.CompareAndSwap(false, true) {
+			a.silent.Add(-1)
+		}
 	})
-	return ctx, nil
+	return context.WithValue(ctx, begunKey{}, call), nil
+}
+
+// cut closes a connection whose client leaves no room for others.
+func (c *calls) cut(a *markedAddr, too bool) {
+	if too && a.cut.CompareAndSwap(false, true) {
+		c.logger.Warn("cutting a connection: its client begins calls and does not go on with them", zap.String("from", a.String()))
+		c.refused(ReasonSilentCalls)
+		a.box.cut()
+	}
+}
+
+// admit is told that a call goes on, and refuses one too many.
+func (c *calls) admit(ctx context.Context) error {
+	call, _ := ctx.Value(begunKey{}).(*begun)
+	if call == nil {
+		return nil
+	}
+	if call.asked.CompareAndSwap(false, true) {
+		addrOf(ctx).silent.Add(-1)
+	}
+	if call.refused != nil {
+		c.refused(ReasonExhausted)
+		return toStatus(call.refused)
+	}
+	return nil
+}
+
+func (c *calls) unary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	if err := c.admit(ctx); err != nil {
+		return nil, err
+	}
+	defer answered(ctx)
+	return handler(ctx, req)
+}
+
+func (c *calls) stream(srv any, in grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	if err := c.admit(in.Context()); err != nil {
+		return err
+	}
+	defer answered(in.Context())
+	return handler(srv, in)
 }
 
 // answered counts a call that its client has not ended before it was answered.
@@ -93,11 +159,6 @@ func (a *markedAddr) pause() time.Duration {
 
 // maxPause bounds one pause: what renews may stand behind it.
 const maxPause = 50 * time.Millisecond
-
-func (c *calls) refuse(what string, most int64) error {
-	c.refused(ReasonExhausted)
-	return toStatus(&lease.ExhaustedError{What: what, Max: int(most)})
-}
 
 func sizeOfHeaders(list metadata.MD) (bytes int64) {
 	for key, values := range list {

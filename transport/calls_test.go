@@ -81,6 +81,15 @@ func TestCallsThatAreOnlyBegunAreBounded(t *testing.T) {
 	soonTrue(t, "a call is refused", func() bool { return status.Code(get()) == codes.ResourceExhausted })
 	c.Close()
 	soonTrue(t, "there is room again", func() bool { return get() == nil })
+	// One that has very many is cut where there is no room.
+	c = http2test.Dial(t, r.address)
+	for range maxSilent + 1 {
+		if _, err := c.Begin(pb.LockService_List_FullMethodName); err != nil {
+			break
+		}
+	}
+	c.Cut()
+	soonTrue(t, "there is room again", func() bool { return get() == nil })
 }
 
 // TestHeadersAreBounded: calls of one connection whose headers take much are refused
@@ -89,17 +98,28 @@ func TestHeadersAreBounded(t *testing.T) {
 	r := serve(t, Config{Manager: running(t)})
 	c := http2test.Dial(t, r.address)
 	const each = 10 << 10
-	most := maxHeaders / each
-	for range most + 20 {
-		if _, err := c.Begin(pb.LockService_List_FullMethodName, "x-pad", strings.Repeat("x", each)); err != nil {
+	pad := strings.Repeat("x", each)
+	for range maxHeaders / each {
+		if _, err := c.Begin(pb.LockService_List_FullMethodName, "x-pad", pad); err != nil {
 			t.Fatal(err)
 		}
 	}
-	for range 20 {
-		if _, _, end := c.Next(); !end {
-			t.Fatal("one was answered with data")
+	id, err := c.Begin(pb.LockService_List_FullMethodName, "x-pad", pad)
+	if err == nil {
+		err = c.WriteData(id, true, make([]byte, 5))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := c.Ended(id); n != 0 {
+		t.Errorf("one too many was answered with %d bytes", n)
+	}
+	for range maxHeaders / each { // whoever goes on is cut
+		if _, err := c.Begin(pb.LockService_List_FullMethodName, "x-pad", pad); err != nil {
+			break
 		}
 	}
+	c.Cut()
 	if _, err := r.locks().Get(metadata.AppendToOutgoingContext(soon(t), "x-pad", strings.Repeat("x", each)), &pb.GetRequest{Name: "a"}); err != nil {
 		t.Errorf("another connection: %v", err)
 	}

@@ -142,7 +142,7 @@ func NewServer(cfg Config) *Server {
 	if cfg.MaxStreams == 0 {
 		cfg.MaxStreams = 10_000
 	}
-	work, calls := newWorkers(cfg.Workers), &calls{most: int64(cmp.Or(cfg.MaxCalls, defaultMaxCalls)), refused: cfg.Refused}
+	work, calls := newWorkers(cfg.Workers), &calls{most: int64(cmp.Or(cfg.MaxCalls, defaultMaxCalls)), refused: cfg.Refused, logger: cfg.Logger}
 	stopping, stop := context.WithCancel(context.Background())
 	forward := &forwarder{
 		cluster: cfg.Cluster, m: cfg.Manager, stopping: stopping, work: work, leaderless: cmp.Or(cfg.Leaderless, time.Second),
@@ -166,8 +166,8 @@ func NewServer(cfg Config) *Server {
 			grpc.ConnectionTimeout(20*time.Second),
 			grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 			grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
-			grpc.ChainUnaryInterceptor(unary(cfg.Logger, work, cfg.Refused), forward.unary),
-			grpc.ChainStreamInterceptor(streaming(cfg.Logger, stopping)),
+			grpc.ChainUnaryInterceptor(calls.unary, unary(cfg.Logger, work, cfg.Refused), forward.unary),
+			grpc.ChainStreamInterceptor(calls.stream, streaming(cfg.Logger, stopping)),
 		),
 		health: health.NewServer(),
 	}
@@ -254,7 +254,6 @@ func unary(logger *zap.Logger, work workers, refused func(string)) grpc.UnarySer
 		if info.FullMethod == healthpb.Health_Check_FullMethodName {
 			return handler(ctx, req) // a busy server is there all the same
 		}
-		defer answered(ctx)
 		work := work
 		if renews(req) {
 			work = nil
@@ -302,7 +301,6 @@ func worked(ctx context.Context, req any, work workers, refused func(string), ha
 func streaming(logger *zap.Logger, stopping context.Context) grpc.StreamServerInterceptor {
 	return func(srv any, in grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
 		defer rescue(logger, info.FullMethod, &err)
-		defer answered(in.Context())
 		ctx, cancel := context.WithCancelCause(in.Context())
 		defer cancel(nil)
 		defer context.AfterFunc(stopping, func() { cancel(lease.ErrStopping) })()
@@ -452,6 +450,8 @@ type markedAddr struct {
 	streams atomic.Int64 // of Multiplex, that are open
 	waits   *lease.Waits // of those
 	headers atomic.Int64 // bytes, of calls under way that have many
+	silent  atomic.Int64 // calls that wait for what is asked
+	cut     atomic.Bool
 
 	since    time.Time
 	ended    atomic.Int64 // calls

@@ -141,6 +141,7 @@ func (u *unread) cut(b *outbox, bytes int64, since time.Duration) {
 		zap.String("from", b.from), zap.Int64("bytes", bytes), zap.Duration("for", since))
 	u.refused(ReasonSlowReader)
 	b.cut()
+	b.close() // gRPC notices later, and what others wait for is there now
 }
 
 // outbox is what waits to be read by the client of one connection. The nil outbox

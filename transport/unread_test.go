@@ -150,13 +150,11 @@ func TestSlowReadersOfAllConnections(t *testing.T) {
 			cut.Add(1)
 		}
 	}}, func(u *unread) { u.inAll, u.patience, u.pressed = 8<<20, time.Hour, 100*time.Millisecond })
-	var all []*http2test.Conn
 	for range 4 {
 		l := http2test.Dial(t, r.address, http2test.Lazy())
 		for range 10 {
 			l.Call(pb.LockService_List_FullMethodName, &pb.ListRequest{PageSize: 1000})
 		}
-		all = append(all, l)
 	}
 	soonTrue(t, "there is no room", func() bool { return r.unread.total.Load() >= r.unread.inAll || cut.Load() > 0 })
 	for range 20 {

@@ -52,14 +52,12 @@ func flood(address string) error {
 						for range 200 {
 							request := rand.Uint64N(1<<62) + 1
 							a := &pb.AcquireRequest{Names: []string{fmt.Sprint("flood/", rand.N(1000))}, Ttl: ttl, RequestId: request, Attempt: 1, Wait: ttl}
-							for _, op := range []*pb.Operation{
-								{Id: id, Call: &pb.Operation_Acquire{Acquire: a}},
-								{Id: id + 1, Call: &pb.Operation_Grant{Grant: &pb.GrantRequest{Ttl: ttl}}},
-								{Call: &pb.Operation_Cancel{Cancel: &pb.CancelRequest{Id: id}}, Id: id + 2},
-								{Id: id + 3, Call: &pb.Operation_Abandon{Abandon: &pb.AbandonRequest{RequestId: request}}},
-							} {
-								msg.Operations = append(msg.Operations, op)
-							}
+							msg.Operations = append(msg.Operations,
+								&pb.Operation{Id: id, Call: &pb.Operation_Acquire{Acquire: a}},
+								&pb.Operation{Id: id + 1, Call: &pb.Operation_Grant{Grant: &pb.GrantRequest{Ttl: ttl}}},
+								&pb.Operation{Id: id + 2, Call: &pb.Operation_Cancel{Cancel: &pb.CancelRequest{Id: id}}},
+								&pb.Operation{Id: id + 3, Call: &pb.Operation_Abandon{Abandon: &pb.AbandonRequest{RequestId: request}}},
+							)
 							id += 4
 						}
 						if rpc.Send(msg) != nil {
