@@ -308,7 +308,7 @@ var mutants = []mutant{
 		"under > 1<<40 && !brief[", "transport"},
 	{"calls that their clients do not go on with are left", "transport",
 		"c.cut(a, silent > maxSilent)",
-		"", "transport"},
+		"c.cut(a, silent > 1<<40)", "transport"},
 	{"the headers of calls are not bounded", "transport",
 		"bytes > 0 && headers > maxHeaders",
 		"bytes > 0 && headers > 1<<40", "transport"},
