@@ -177,8 +177,8 @@ type TokenCheck struct {
 	Floor   fence.Token // lowest live token; 0 when nobody holds the lock
 }
 
-// Explanation says why an acquisition waits. It accompanies ErrWaitTimeout and
-// refusals with ReasonLockHeld.
+// Explanation says why an acquisition waits. It accompanies WaitTimeoutError
+// and refusals with ReasonLockHeld.
 type Explanation struct {
 	Obstacles []Obstacle
 }

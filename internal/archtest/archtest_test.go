@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -389,5 +390,88 @@ func write(t *testing.T, name, text string) {
 	t.Helper()
 	if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestDesignsNameEveryFile: a room's DESIGN.md that has a table of its files has all
+// of them.
+func TestDesignsNameEveryFile(t *testing.T) {
+	designs, err := filepath.Glob(filepath.Join(root(t), "*", "DESIGN.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, pattern := range []string{"*/*/DESIGN.md", "*/*/*/DESIGN.md"} {
+		more, err := filepath.Glob(filepath.Join(root(t), pattern))
+		if err != nil {
+			t.Fatal(err)
+		}
+		designs = append(designs, more...)
+	}
+	tables := 0
+	for _, design := range designs {
+		text, err := os.ReadFile(design)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(string(text), "\n| file | |\n") {
+			continue
+		}
+		tables++
+		files, err := filepath.Glob(filepath.Join(filepath.Dir(design), "*.go"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, file := range files {
+			name := filepath.Base(file)
+			if strings.HasSuffix(name, "_test.go") || strings.Contains(name, "_linux.") || strings.Contains(name, "_other.") {
+				continue
+			}
+			if !strings.Contains(string(text), "`"+name+"`") {
+				t.Errorf("%s does not say what %s is for", design, name)
+			}
+		}
+	}
+	if tables < 2 {
+		t.Errorf("only %d tables of files were found", tables)
+	}
+}
+
+// TestCommentsNameErrorsThatExist: a comment that promises ErrX promises one that
+// there is.
+func TestCommentsNameErrorsThatExist(t *testing.T) {
+	named := regexp.MustCompile(`\bErr[A-Z]\w+`)
+	var inComments []string // "file: name"
+	there := make(map[string]bool)
+	err := filepath.WalkDir(root(t), func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, ".go") || strings.Contains(path, "/.") {
+			return err
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.ParseComments)
+		if err != nil {
+			return err
+		}
+		for _, group := range file.Comments {
+			for _, name := range named.FindAllString(group.Text(), -1) {
+				inComments = append(inComments, path+": "+name)
+			}
+		}
+		ast.Inspect(file, func(n ast.Node) bool { // also those of others' packages, by their use
+			if id, ok := n.(*ast.Ident); ok {
+				there[id.Name] = true
+			}
+			return true
+		})
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range inComments {
+		if _, name, _ := strings.Cut(c, ": "); !there[name] {
+			t.Errorf("%s is not there", c)
+		}
+	}
+	if len(inComments) < 20 {
+		t.Errorf("only %d names were found", len(inComments))
 	}
 }
