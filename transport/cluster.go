@@ -7,6 +7,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/distlock/distlock/internal/bound"
 	"github.com/distlock/distlock/lease"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
@@ -37,7 +38,7 @@ type clusterService struct {
 	node    func() Node
 	cluster Cluster
 	work    workers
-	backups atomic.Int64 // under way
+	backups bound.Count // under way
 }
 
 // Status is answered by every node, leader or not, of what it has itself.
@@ -114,10 +115,10 @@ func (s *clusterService) Backup(_ *pb.BackupRequest, stream pb.ClusterService_Ba
 	if s.cluster == nil {
 		return &lease.MemberError{Msg: "a server that keeps nothing on disk has nothing to back up"}
 	}
-	if !room(&s.backups, maxBackups) {
+	if !s.backups.Enter(maxBackups) {
 		return &lease.ExhaustedError{What: "backups at once", Max: maxBackups}
 	}
-	defer s.backups.Add(-1)
+	defer s.backups.Leave()
 	w := bufio.NewWriterSize(chunks{stream}, backupChunk)
 	if err := s.cluster.Backup(w); err != nil {
 		return err

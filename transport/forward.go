@@ -7,7 +7,6 @@ import (
 	"math/rand/v2"
 	"strconv"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -19,6 +18,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/reflect/protoregistry"
 
+	"github.com/distlock/distlock/internal/bound"
 	"github.com/distlock/distlock/lease"
 	"github.com/distlock/distlock/lease/machine"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
@@ -35,7 +35,7 @@ type forwarder struct {
 	// may know a node that can be reached.
 	leaderless time.Duration
 	settling   sync.WaitGroup // requests that it named and abandons
-	forwarded  [lanes]atomic.Int64
+	forwarded  [lanes]bound.Count
 }
 
 // What is forwarded goes by lanes, each with a connection to the leader: calls that
@@ -93,8 +93,8 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 	until := time.Now().Add(f.leaderless)
 	lane := laneOf(req)
 	if elsewhere(err) {
-		if under := &f.forwarded[lane]; room(under, maxForwarded) {
-			defer under.Add(-1)
+		if under := &f.forwarded[lane]; under.Enter(maxForwarded) {
+			defer under.Leave()
 		} else {
 			return nil, &lease.ExhaustedError{What: "calls that this node forwards to the leader", Max: maxForwarded}
 		}

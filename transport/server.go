@@ -26,6 +26,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/distlock/distlock/fence"
+	"github.com/distlock/distlock/internal/bound"
 	"github.com/distlock/distlock/lease"
 	original "github.com/distlock/distlock/proto/distlock"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
@@ -203,7 +204,7 @@ func (s *Server) SetServing(serving bool) {
 func (s *Server) Serve(l net.Listener) error {
 	s.keeping.Do(s.unread.begin)
 	if s.most > 0 {
-		l = Limit(l, s.most, s.refusing.conns.put)
+		l = bound.Listen(l, s.most, s.refusing.conns.Put)
 		refused := make(chan struct{})
 		go func() {
 			defer close(refused)

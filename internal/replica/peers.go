@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 
+	"github.com/distlock/distlock/internal/bound"
 	peerpb "github.com/distlock/distlock/proto/distlock/peer/v1"
 )
 
@@ -33,9 +34,9 @@ type peers struct {
 	r        *Replica
 	listener net.Listener
 	grpc     *grpc.Server
-	raft     *conns // connections for raft
-	peer     *conns // for PeerService
-	forward  *conns // for forwarded calls of clients
+	raft     *bound.Handed // connections for raft
+	peer     *bound.Handed // for PeerService
+	forward  *bound.Handed // for forwarded calls of clients
 	ctx      context.Context
 	cancel   context.CancelFunc
 	network  *raft.NetworkTransport
@@ -153,7 +154,7 @@ func listenPeers(r *Replica) (*peers, error) {
 	}
 	p := &peers{
 		r: r, listener: l, grpc: grpc.NewServer(),
-		raft: newConns(l.Addr()), peer: newConns(l.Addr()), forward: newConns(l.Addr()),
+		raft: bound.NewHanded(l.Addr()), peer: bound.NewHanded(l.Addr()), forward: bound.NewHanded(l.Addr()),
 		strangers: newStrangers(r.cfg.MaxStrangers), outward: make(map[outward]*grpc.ClientConn), open: make(map[net.Conn]struct{}),
 	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
@@ -250,7 +251,7 @@ func (p *peers) greeted(in *visit) {
 	p.strangers.leave(in)
 	delete(p.open, raw)
 	p.mu.Unlock()
-	to := map[byte]*conns{kindRaft: p.raft, kindPeer: p.peer, kindForward: p.forward}[kind]
+	to := map[byte]*bound.Handed{kindRaft: p.raft, kindPeer: p.peer, kindForward: p.forward}[kind]
 	if !ok || to == nil {
 		conn.Close()
 		return
@@ -262,7 +263,7 @@ func (p *peers) greeted(in *visit) {
 			return
 		}
 	}
-	to.put(conn)
+	to.Put(conn)
 }
 
 // track has stop close a connection to a member: what is on its way to a silent
@@ -622,7 +623,7 @@ func (p *peers) stop() {
 
 func (p *peers) close() {
 	p.stop()
-	for _, c := range []*conns{p.raft, p.peer, p.forward} {
+	for _, c := range []*bound.Handed{p.raft, p.peer, p.forward} {
 		c.Close()
 	}
 	if p.network != nil {
@@ -631,45 +632,6 @@ func (p *peers) close() {
 	p.grpc.Stop()
 	p.group.Wait()
 }
-
-// conns is a listener of the connections that are put into it.
-type conns struct {
-	addr   net.Addr
-	ch     chan net.Conn
-	closed chan struct{}
-	once   sync.Once
-}
-
-func newConns(addr net.Addr) *conns {
-	return &conns{addr: addr, ch: make(chan net.Conn), closed: make(chan struct{})}
-}
-
-func (c *conns) put(conn net.Conn) {
-	select {
-	case c.ch <- conn:
-	case <-c.closed:
-		conn.Close()
-	}
-}
-
-// Accept implements net.Listener.
-func (c *conns) Accept() (net.Conn, error) {
-	select {
-	case conn := <-c.ch:
-		return conn, nil
-	case <-c.closed:
-		return nil, net.ErrClosed
-	}
-}
-
-// Close implements net.Listener.
-func (c *conns) Close() error {
-	c.once.Do(func() { close(c.closed) })
-	return nil
-}
-
-// Addr implements net.Listener.
-func (c *conns) Addr() net.Addr { return c.addr }
 
 // streams implements raft.StreamLayer.
 type streams struct{ p *peers }

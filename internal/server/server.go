@@ -18,6 +18,7 @@ import (
 	"github.com/jonboulle/clockwork"
 	"go.uber.org/zap"
 
+	"github.com/distlock/distlock/internal/bound"
 	"github.com/distlock/distlock/internal/metrics"
 	"github.com/distlock/distlock/internal/replica"
 	"github.com/distlock/distlock/lease"
@@ -195,7 +196,7 @@ func (s *Server) listenMetrics() error {
 	if err != nil {
 		return fmt.Errorf("metrics: %w", err)
 	}
-	s.metricsListener = transport.Limit(l, s.files.metrics, nil)
+	s.metricsListener = bound.Listen(l, s.files.metrics, nil)
 	s.metrics = metrics.New(s.cfg.Version, s.status)
 	return nil
 }

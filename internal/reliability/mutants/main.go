@@ -38,7 +38,7 @@ var layers = []layer{
 	{"files", []string{"internal/replica"}, []string{"./internal/replica", "-run", "Prefix|Flip|Damaged|Torn|FailedWrite|Killed|ManySegments"}},
 	{"members", []string{"internal/replica"}, []string{"./internal/replica", "-run", "TestA[A-Z]?[a-z]|TestLists|TestStrangers|TestEvery|TestStarts|TestNoChange|TestWhatWaits|TestGrow|TestReplicas|TestDigests|TestWhoIs|TestIdle"}},
 	{"crashes", []string{"internal/replica"}, []string{"./internal/e2e", "-run", "TestCrashes$|TestEveryAcknowledgement", "-args", "-crashes", "6"}},
-	{"transport", []string{"transport"}, []string{"./transport"}},
+	{"transport", []string{"transport", "internal/bound"}, []string{"./transport"}},
 	{"fence", []string{"fence"}, []string{"./fence", "./fence/fencetest"}},
 }
 

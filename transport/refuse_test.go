@@ -9,6 +9,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/distlock/distlock/internal/bound"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
 
@@ -47,7 +48,7 @@ func TestConnectionsAreBounded(t *testing.T) {
 		t.Errorf("the first connection: %v", err)
 	}
 	var rest []net.Conn
-	for range refuseAtMost + 1 {
+	for range bound.RefusedAtMost + 1 {
 		c, err := net.Dial("tcp", r.address)
 		if err != nil {
 			t.Fatal(err)
