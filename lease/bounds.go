@@ -144,7 +144,8 @@ func sortedMetadata(list []machine.Meta) []machine.Meta {
 
 func quoted(s string) string { return strconv.Quote(s) }
 
-func (b Bounds) withDefaults() Bounds {
+// WithDefaults returns the bounds with defaults for those that are 0.
+func (b Bounds) WithDefaults() Bounds {
 	d := DefaultBounds()
 	for _, f := range []struct{ field, value *time.Duration }{
 		{&b.MinTTL, &d.MinTTL}, {&b.MaxTTL, &d.MaxTTL}, {&b.MaxLockDelay, &d.MaxLockDelay},

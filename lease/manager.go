@@ -73,7 +73,7 @@ func New(cfg Config) (*Manager, error) {
 	}
 	return &Manager{
 		clock: cfg.Clock, log: cfg.Log, store: cfg.Store, logger: cfg.Logger, observer: cfg.Observer,
-		bounds: cfg.Bounds.withDefaults(),
+		bounds: cfg.Bounds.WithDefaults(),
 		aside:  cmp.Or(cfg.Beside, defaultBeside),
 		start:  cfg.Clock.Now(),
 		inbox:  inbox{wake: make(chan struct{}, 1)},

@@ -1,17 +1,17 @@
 package main
 
 import (
-	"cmp"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
-	"net"
 	"os"
 	"strings"
 	"syscall"
-	"time"
+	"unicode"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
@@ -33,6 +33,7 @@ type serveFlags struct {
 }
 
 func serveCommand(use string) *cobra.Command {
+	d := server.Defaults()
 	f := &serveFlags{}
 	cmd := &cobra.Command{
 		Use: use, Args: noArgs,
@@ -42,14 +43,14 @@ func serveCommand(use string) *cobra.Command {
 	}
 	flags := cmd.Flags()
 	flags.SortFlags = false
-	flags.StringVar(&f.Address, "address", "[::]", "address to listen on")
+	flags.StringVar(&f.Address, "address", d.Address, "address to listen on")
 	flags.IntVar(&f.Port, "port", 50051, "port to listen on; 0 for any")
 	flags.IntVar(&f.MaxConnections, "max-connections", 0, "connections of clients; 0: as files allow")
-	flags.IntVar(&f.MaxCalls, "max-calls", 100_000, "calls and streams at once")
+	flags.IntVar(&f.MaxCalls, "max-calls", d.MaxCalls, "calls and streams at once")
 	flags.IntVar(&f.maxWorkers, "max-workers", 5, "requests worked on at once")
 	flags.BoolVar(&f.runAsync, "run-async", false, "no such bound; --max-workers is ignored")
-	flags.StringVar(&f.DataDir, "data-dir", "distlock-data", "log directory")
-	flags.Int64Var(&f.snapshotMiB, "snapshot-mib", 64, "MiB of log between snapshots")
+	flags.StringVar(&f.DataDir, "data-dir", d.DataDir, "log directory")
+	flags.Int64Var(&f.snapshotMiB, "snapshot-mib", d.SnapshotBytes>>20, "MiB of log between snapshots")
 	flags.BoolVar(&f.InMemory, "in-memory", false, "keep nothing on disk")
 	flags.StringVar(&f.NodeID, "node-id", "", "name of this member (default n1)")
 	flags.StringVar(&f.PeerAddress, "peer-address", "", "other members reach this one at `ADDR`")
@@ -61,13 +62,13 @@ func serveCommand(use string) *cobra.Command {
 	flags.StringVar(&f.peerCert, "peer-cert", "", "certificate `FILE` for other members")
 	flags.StringVar(&f.peerKey, "peer-key", "", "its key `FILE`")
 	flags.StringVar(&f.peerCA, "peer-ca", "", "`FILE` of the members' authority")
-	flags.DurationVar(&f.ElectionTimeout, "election-timeout", 200*time.Millisecond, "silence before another leads")
-	flags.DurationVar(&f.DrainTimeout, "drain-timeout", 5*time.Second, "time for calls when stopping")
-	flags.DurationVar(&f.Bounds.MinTTL, "min-ttl", 100*time.Millisecond, "shortest TTL accepted")
-	flags.DurationVar(&f.Bounds.MaxTTL, "max-ttl", 24*time.Hour, "longest TTL accepted")
-	flags.IntVar(&f.Bounds.MaxLeases, "max-leases", 2_000_000, "live leases at most")
-	flags.IntVar(&f.Bounds.MaxLocks, "max-locks", 2_000_000, "existing locks at most")
-	flags.IntVar(&f.Bounds.MaxWaiters, "max-waiters", 1_000_000, "waiting requests at most")
+	flags.DurationVar(&f.ElectionTimeout, "election-timeout", d.ElectionTimeout, "silence before another leads")
+	flags.DurationVar(&f.DrainTimeout, "drain-timeout", d.DrainTimeout, "time for calls when stopping")
+	flags.DurationVar(&f.Bounds.MinTTL, "min-ttl", d.Bounds.MinTTL, "shortest TTL accepted")
+	flags.DurationVar(&f.Bounds.MaxTTL, "max-ttl", d.Bounds.MaxTTL, "longest TTL accepted")
+	flags.IntVar(&f.Bounds.MaxLeases, "max-leases", d.Bounds.MaxLeases, "live leases at most")
+	flags.IntVar(&f.Bounds.MaxLocks, "max-locks", d.Bounds.MaxLocks, "existing locks at most")
+	flags.IntVar(&f.Bounds.MaxWaiters, "max-waiters", d.Bounds.MaxWaiters, "waiting requests at most")
 	flags.StringVar(&f.MetricsAddress, "metrics-address", "", "HOST:PORT to serve Prometheus metrics on")
 	flags.BoolVar(&f.Pprof, "pprof", false, "serve Go's profiles there too")
 	flags.StringVar(&f.logFormat, "log-format", "console", "console or json")
@@ -85,28 +86,13 @@ func (f *serveFlags) run(cmd *cobra.Command) error {
 		fmt.Fprintln(cmd.OutOrStdout(), "distlock "+versionString())
 		return nil
 	}
-	host, port, err := net.SplitHostPort(f.Address)
-	switch {
-	case err == nil:
-		return usage("--address has no port, and is %q: give --address %s --port %s", f.Address, cmp.Or(host, "::"), port)
-	case f.Port < 0 || f.Port > 65535:
-		return usage("--port must be from 0 to 65535, and is %d", f.Port)
-	case f.MaxConnections < 0:
-		return usage("--max-connections must not be negative, and is %d", f.MaxConnections)
-	case f.MaxCalls < 1:
-		return usage("--max-calls must be at least 1, and is %d", f.MaxCalls)
+	switch err := f.zeros(cmd); {
 	case f.maxWorkers < 1 && !f.runAsync:
 		return usage("--max-workers must be at least 1, and is %d; --run-async sets no bound", f.maxWorkers)
-	case f.Bounds.MinTTL <= 0 || f.Bounds.MaxTTL < f.Bounds.MinTTL:
-		return usage("--min-ttl must be above 0 and at most --max-ttl, and they are %v and %v", f.Bounds.MinTTL, f.Bounds.MaxTTL)
-	case f.Bounds.MaxLeases < 1 || f.Bounds.MaxLocks < 1 || f.Bounds.MaxWaiters < 1:
-		return usage("--max-leases, --max-locks and --max-waiters must be at least 1")
 	case f.snapshotMiB < 1 || f.snapshotMiB > 1<<20:
 		return usage("--snapshot-mib must be at least 1, and is %d", f.snapshotMiB)
-	case f.Pprof && f.MetricsAddress == "":
-		return usage("--pprof needs --metrics-address HOST:PORT, where the profiles are served")
-	case f.DrainTimeout <= 0:
-		return usage("--drain-timeout must be above 0, and is %v", f.DrainTimeout)
+	case err != nil:
+		return err
 	}
 	f.SnapshotBytes = f.snapshotMiB << 20
 	if !f.runAsync {
@@ -123,6 +109,10 @@ func (f *serveFlags) run(cmd *cobra.Command) error {
 	f.Logger, f.Version = logger, versionString()
 	private()
 	s, err := server.New(f.Config)
+	var wrong *server.FieldError
+	if errors.As(err, &wrong) {
+		return usage("%s", wrong.Named(flagOf))
+	}
 	if err != nil {
 		return err
 	}
@@ -130,18 +120,35 @@ func (f *serveFlags) run(cmd *cobra.Command) error {
 	return s.Run(cmd.Context())
 }
 
+// zeros refuses a zero that is given where it would mean the default.
+func (f *serveFlags) zeros(cmd *cobra.Command) (err error) {
+	cmd.Flags().Visit(func(flag *pflag.Flag) {
+		switch value := flag.Value.String(); {
+		case err != nil || value == flag.DefValue:
+		case value == "0" && flag.DefValue != "0" && flag.Name != "port", value == "0s":
+			err = usage("--%s must be above 0, and is %s", flag.Name, value)
+		}
+	})
+	return err
+}
+
+// flagOf is the flag of a field of a server's Config.
+func flagOf(field string) string {
+	var flag strings.Builder
+	for i, r := range field {
+		if i > 0 && unicode.IsUpper(r) && (unicode.IsLower(rune(field[i-1])) || i+1 < len(field) && unicode.IsLower(rune(field[i+1]))) {
+			flag.WriteByte('-')
+		}
+		flag.WriteRune(unicode.ToLower(r))
+	}
+	return "--" + flag.String()
+}
+
 // cluster reads the flags of a member of a cluster.
 func (f *serveFlags) cluster() error {
-	for _, a := range []struct{ flag, value string }{
-		{"peer-address", f.PeerAddress}, {"peer-listen", f.PeerListen}, {"join", f.Join}, {"advertise-address", f.AdvertiseAddress},
-	} {
-		if _, _, err := net.SplitHostPort(a.value); a.value != "" && err != nil {
-			return usage("--%s must be HOST:PORT, and is %q", a.flag, a.value)
-		}
-	}
 	for _, m := range f.initialCluster {
 		id, address, ok := strings.Cut(m, "=")
-		if _, _, err := net.SplitHostPort(address); !ok || id == "" || err != nil {
+		if !ok {
 			return usage("--initial-cluster must be ID=HOST:PORT,ID=HOST:PORT,..., and has %q", m)
 		}
 		if f.InitialCluster == nil {
@@ -153,18 +160,6 @@ func (f *serveFlags) cluster() error {
 		f.InitialCluster[id] = address
 	}
 	switch {
-	case f.PeerAddress == "" && (f.InitialCluster != nil || f.Join != "" || f.PeerListen != ""):
-		return usage("a member of a cluster needs --peer-address HOST:PORT, where the others reach it")
-	case f.NodeID == "" && (f.InitialCluster != nil || f.Join != ""):
-		return usage("a member of a cluster needs a --node-id")
-	case f.InitialCluster != nil && f.Join != "":
-		return usage("--initial-cluster is for a new cluster and --join for one that runs; give one of them")
-	case f.InitialCluster != nil && f.InitialCluster[f.NodeID] != f.PeerAddress:
-		return usage("--initial-cluster must name this node as --node-id and --peer-address do: %s=%s", f.NodeID, f.PeerAddress)
-	case f.PeerAddress != "" && f.InMemory:
-		return usage("a member of a cluster keeps its log on disk; leave --in-memory or --peer-address out")
-	case f.ElectionTimeout < 50*time.Millisecond || f.ElectionTimeout > time.Minute:
-		return usage("--election-timeout must be from 50ms to 1m, and is %v", f.ElectionTimeout)
 	case f.peerCert == "" && f.peerKey == "" && f.peerCA == "":
 		return nil
 	case f.peerCert == "" || f.peerKey == "" || f.peerCA == "":

@@ -21,7 +21,6 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 
-	"github.com/distlock/distlock/lease"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
 
@@ -204,12 +203,6 @@ func TestNewSaysWhatIsWrong(t *testing.T) {
 		{"directory is a file", Config{Address: "127.0.0.1", DataDir: file}, []string{file, "not a directory"}},
 		{"directory under a file", Config{Address: "127.0.0.1", DataDir: filepath.Join(file, "data")}, []string{file, "not a directory"}},
 		{"damaged directory", Config{Address: "127.0.0.1", DataDir: broken}, []string{"identity.json is damaged"}},
-		{"port", Config{Port: 65536, InMemory: true}, []string{"port", "65536"}},
-		{"workers", Config{MaxWorkers: -1, InMemory: true}, []string{"workers", "-1"}},
-		{"request size", Config{MaxMessageBytes: 1 << 40, InMemory: true}, []string{"64 MiB"}},
-		{"drain", Config{DrainTimeout: -1, InMemory: true}, []string{"drain"}},
-		{"bounds", Config{Bounds: lease.Bounds{MaxLocks: -1}, InMemory: true}, []string{"bound"}},
-		{"TTL bounds", Config{Address: "127.0.0.1", InMemory: true, Bounds: lease.Bounds{MinTTL: time.Hour, MaxTTL: time.Minute}}, []string{"1h0m0s", "1m0s"}},
 	} {
 		t.Run(c.what, func(t *testing.T) {
 			s, err := New(c.cfg)

@@ -5,7 +5,6 @@ package server
 import (
 	"cmp"
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -15,7 +14,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/jonboulle/clockwork"
 	"go.uber.org/zap"
 
 	"github.com/distlock/distlock/internal/bound"
@@ -24,57 +22,6 @@ import (
 	"github.com/distlock/distlock/lease"
 	"github.com/distlock/distlock/transport"
 )
-
-// Config configures a Server. The zero value of a field takes the default
-// that its comment gives.
-type Config struct {
-	Address string // "[::]" or an IP or host name; default "[::]"
-	Port    int    // 0 takes any free port
-	// Listener is used in place of Address and Port when it is set.
-	Listener net.Listener
-
-	DataDir  string // default "distlock-data"
-	InMemory bool   // keep nothing on disk; DataDir is not used
-
-	// SnapshotBytes is how much is written to the log between snapshots;
-	// default 64 MiB.
-	SnapshotBytes int64
-
-	// Of a member of a cluster; a server without PeerAddress is alone.
-	NodeID         string            // default: the data directory's, n1 in a new one
-	PeerAddress    string            // where the other members reach this one
-	PeerListen     string            // where to listen for them; default PeerAddress
-	InitialCluster map[string]string // peer addresses by node id, of a new cluster
-	Join           string            // client address of a member of the cluster to join
-	Learner        bool              // join without a vote
-	// AdvertiseAddress is where clients reach this node; default: where it
-	// listens or, if that is every address, at the peer address's host.
-	AdvertiseAddress string
-	PeerTLS          *tls.Config   // default: none
-	ElectionTimeout  time.Duration // default 200ms
-
-	// MaxWorkers bounds the requests being worked on at once; 0 for no bound.
-	MaxWorkers int
-	// MaxConnections bounds the connections of clients; 0 is what the limit of
-	// open files leaves.
-	MaxConnections int
-	// MaxCalls bounds the calls under way of all clients; default 100,000.
-	MaxCalls        int
-	MaxMessageBytes int // default 1 MiB
-	Bounds          lease.Bounds
-	// DrainTimeout bounds how long calls under way may take to finish once
-	// the server stops; default 5s.
-	DrainTimeout time.Duration
-
-	Logger  *zap.Logger     // default: none
-	Clock   clockwork.Clock // default: the real one
-	Version string
-
-	// MetricsAddress is where Prometheus's metrics are served (host:port);
-	// default: nowhere. With Pprof, Go's profiles are served there too.
-	MetricsAddress string
-	Pprof          bool
-}
 
 // Server is a distlock server. New makes it, Run runs it once.
 type Server struct {
@@ -91,24 +38,10 @@ type Server struct {
 	metricsListener net.Listener
 }
 
-// New opens the log and the port. Errors are one line each, fit for a user.
+// New opens the log and the port. Errors are one line each, fit for a user;
+// *FieldError for what is wrong with cfg.
 func New(cfg Config) (*Server, error) {
-	if cfg.Address == "" {
-		cfg.Address = "[::]"
-	}
-	if cfg.DataDir == "" {
-		cfg.DataDir = "distlock-data"
-	}
-	if cfg.DrainTimeout == 0 {
-		cfg.DrainTimeout = 5 * time.Second
-	}
-	if cfg.Logger == nil {
-		cfg.Logger = zap.NewNop()
-	}
-	if cfg.Clock == nil {
-		cfg.Clock = clockwork.NewRealClock()
-	}
-	if err := cfg.validate(); err != nil {
+	if err := cfg.normalize(); err != nil {
 		return nil, err
 	}
 	s := &Server{cfg: cfg, listener: cfg.Listener, started: cfg.Clock.Now(), files: shareFiles()}
@@ -126,39 +59,6 @@ func New(cfg Config) (*Server, error) {
 		return nil, errors.Join(err, s.closeListeners())
 	}
 	return s, nil
-}
-
-func (c *Config) validate() error {
-	b := c.Bounds
-	switch {
-	case c.Port < 0 || c.Port > 65535:
-		return fmt.Errorf("the port must be from 0 to 65535, and is %d", c.Port)
-	case c.MaxConnections < 0:
-		return fmt.Errorf("the number of connections must not be negative, and is %d", c.MaxConnections)
-	case c.MaxCalls < 0:
-		return fmt.Errorf("the number of calls must not be negative, and is %d", c.MaxCalls)
-	case c.MaxWorkers < 0:
-		return fmt.Errorf("the number of workers must not be negative, and is %d", c.MaxWorkers)
-	case c.MaxMessageBytes < 0 || c.MaxMessageBytes > 64<<20:
-		return fmt.Errorf("the size of a request must be at most 64 MiB, and is %d bytes", c.MaxMessageBytes)
-	case c.DrainTimeout < 0:
-		return fmt.Errorf("the time to drain must not be negative, and is %v", c.DrainTimeout)
-	case b.MinTTL < 0 || b.MaxTTL < 0 || b.MinTTL > 0 && b.MaxTTL > 0 && b.MinTTL > b.MaxTTL:
-		return fmt.Errorf("the TTL bounds are the wrong way round: %v to %v", b.MinTTL, b.MaxTTL)
-	case c.InMemory && c.PeerAddress != "":
-		return errors.New("a member of a cluster keeps its log on disk: give --in-memory or --peer-address, not both")
-	case c.PeerAddress == "" && (c.InitialCluster != nil || c.Join != ""):
-		return errors.New("a member of a cluster needs a --peer-address, where the others reach it")
-	case c.InitialCluster != nil && c.Join != "":
-		return errors.New("give --initial-cluster, for a new cluster, or --join, for one that runs, not both")
-	case c.InitialCluster != nil && c.InitialCluster[c.NodeID] != c.PeerAddress:
-		return fmt.Errorf("--initial-cluster must name this node: %s=%s", c.NodeID, c.PeerAddress)
-	case c.ElectionTimeout < 0 || c.ElectionTimeout > 0 && c.ElectionTimeout < 50*time.Millisecond:
-		return fmt.Errorf("the election timeout must be at least 50ms, and is %v", c.ElectionTimeout)
-	case b.MaxLockDelay < 0 || b.MaxNamesPerCall < 0 || b.MaxLeases < 0 || b.MaxLocks < 0 || b.MaxWaiters < 0 || b.MaxPending < 0:
-		return errors.New("a bound must not be negative")
-	}
-	return nil
 }
 
 func (s *Server) listen() error {
