@@ -50,6 +50,14 @@ build: ## build the distlock binary
 test: ## run all tests with the race detector
 	$(GO) test -race ./...
 
+# Those that run no processes and whose disks are small.
+QUICK := ./lease/... ./fence/... ./transport ./client ./cmd/... ./internal/archtest ./internal/bound ./internal/server ./internal/wire \
+	./internal/metrics ./internal/reliability/check ./internal/reliability/mutants
+
+.PHONY: check
+check: lint ## what to run before a push: lint, and the tests that take little
+	$(GO) test $(QUICK)
+
 .PHONY: stores
 stores: ## hold the guards against real PostgreSQL, MariaDB and Redis (needs postgresql, mariadb-server, redis-server)
 	cd internal/storetest && $(GO) mod tidy # the core's requirements are this module's too

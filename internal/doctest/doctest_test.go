@@ -228,6 +228,84 @@ func TestFlagsAreDocumented(t *testing.T) {
 	}
 }
 
+// TestMetricsAreDocumented: docs/operations.md has every metric.
+func TestMetricsAreDocumented(t *testing.T) {
+	code, text := read(t, "internal", "metrics", "metrics.go"), read(t, "docs", "operations.md")
+	names := regexp.MustCompile(`(?:counter|histogram|desc)\("(\w+)", "|Name: "distlock_(\w+)"`).FindAllStringSubmatch(code, -1)
+	for _, m := range names {
+		if name := "`distlock_" + m[1] + m[2]; !strings.Contains(text, name) {
+			t.Errorf("docs/operations.md does not speak of %s`", name)
+		}
+	}
+	if len(names) < 15 {
+		t.Errorf("only %d metrics were found", len(names))
+	}
+}
+
+// TestMethodsAreDocumented: docs/api.md has every method.
+func TestMethodsAreDocumented(t *testing.T) {
+	text := read(t, "docs", "api.md")
+	methods := 0
+	for _, file := range []string{"distlock.proto", "stream.proto"} {
+		service := ""
+		for _, line := range strings.Split(read(t, "proto", "distlock", "v1", file), "\n") {
+			if m := regexp.MustCompile(`^service (\w+)`).FindStringSubmatch(line); m != nil {
+				service = m[1]
+			}
+			m := regexp.MustCompile(`^  rpc (\w+)\(`).FindStringSubmatch(line)
+			if m == nil {
+				continue
+			}
+			methods++
+			row := regexp.MustCompile("(?m)^\\| `" + service + "\\.[^|]*`(?:" + service + "\\.)?" + m[1] + "`|^\\| `" + service + "\\." + m[1] + "`")
+			if !row.MatchString(text) {
+				t.Errorf("docs/api.md does not speak of %s.%s", service, m[1])
+			}
+		}
+	}
+	if methods < 15 {
+		t.Errorf("only %d methods were found", methods)
+	}
+}
+
+// TestContributingNamesWhatIsThere: every file, test and target that
+// docs/contributing.md names is there.
+func TestContributingNamesWhatIsThere(t *testing.T) {
+	text := read(t, "docs", "contributing.md")
+	named := regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(text, -1)
+	targets, tests := read(t, "Makefile"), 0
+	for _, m := range named {
+		switch name := m[1]; {
+		case strings.HasPrefix(name, "make "):
+			if target := strings.Fields(name)[1]; !strings.Contains(targets, "\n"+target+":") {
+				t.Errorf("there is no target %s", target)
+			}
+		case strings.HasPrefix(name, "Test"):
+			tests++
+			out, err := exec.Command("git", "-C", repository, "grep", "-l", "func "+name+"(").Output()
+			if err != nil || len(out) == 0 {
+				t.Errorf("there is no test %s", name)
+			}
+		case strings.Contains(name, "/") && !strings.ContainsAny(name, " *<"):
+			if _, err := os.Stat(filepath.Join(repository, name)); err != nil {
+				t.Errorf("%s is not there", name)
+			}
+		}
+	}
+	if len(named) < 40 || tests < 4 {
+		t.Errorf("only %d names were found, %d of them tests", len(named), tests)
+	}
+}
+
+func read(t *testing.T, path ...string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(append([]string{repository}, path...)...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
 // TestLinks: every link from one document of the repository to another leads
 // somewhere.
 func TestLinks(t *testing.T) {
