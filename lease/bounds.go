@@ -28,20 +28,31 @@ func (m *Manager) admits(t task) error {
 	if !ok {
 		return nil
 	}
-	most := m.bounds.MaxPending
-	switch c.op {
-	case OpAcquire:
-		if c.attempt > 1 {
-			most *= 2
-		}
-	case OpGrantLease, OpDeclare:
-	default:
-		most *= 2
-	}
-	if m.queued.Load() >= int64(most) {
+	if most := c.pendingAtMost(m.bounds.MaxPending); m.queued.Load() >= int64(most) {
 		return &ExhaustedError{What: "commands that wait for the log", Max: most}
 	}
 	return nil
+}
+
+// crowds refuses it while what one connection's streams ask for takes up an eighth of
+// that: others want their part.
+func (l *loop) crowds(c *call) error {
+	p, ok := c.sink.(*Port)
+	if !ok {
+		return nil
+	}
+	if most := c.pendingAtMost(max(l.bounds.MaxPending/8, 1)); p.share.pending >= most {
+		return &ExhaustedError{What: "commands of one connection that wait for the log", Max: most}
+	}
+	return nil
+}
+
+// pendingAtMost is at how many pending commands a call is one too many.
+func (c *call) pendingAtMost(most int) int {
+	if c.op == OpGrantLease || c.op == OpDeclare || c.op == OpAcquire && c.attempt <= 1 {
+		return most
+	}
+	return 2 * most
 }
 
 func (b *Bounds) acquire(r *AcquireRequest) error {

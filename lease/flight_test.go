@@ -308,7 +308,7 @@ func TestWhatWaitsForTheLogIsBounded(t *testing.T) {
 		if _, err := r.own("one more", time.Hour, 0, 0); !errors.As(err, &exhausted) || exhausted.Max != 10 {
 			t.Errorf("one more: %v", err)
 		}
-		p := r.NewPort(100, NewWaits(100))
+		p := r.NewPort(100, NewShare(100))
 		submit(t, p, func(b *Batch) { b.Acquire(1, own(1, 0, "x")) })
 		if got, _ := replies(t, p); !errors.As(got[1].Err, &exhausted) {
 			t.Errorf("on a port: %v", got[1].Err)
@@ -344,6 +344,61 @@ func TestWhatWaitsForTheLogIsBounded(t *testing.T) {
 		}
 		if _, err := r.own("one more", time.Hour, 0, 0); err != nil {
 			t.Errorf("with room: %v", err)
+		}
+	})
+}
+
+// TestOneConnectionLeavesRoomForOthers: an eighth of what may wait for the log is one
+// connection's, whatever the number of its streams; what is lost with a leadership
+// counts no more.
+func TestOneConnectionLeavesRoomForOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := NewStore(0)
+		l := newScript(store)
+		r := startWith(t, Config{Clock: clockwork.NewRealClock(), Store: store, Log: l, Beside: 1000, Bounds: Bounds{MaxPending: 80}})
+		defer r.stop()
+		share := NewShare(100)
+		ports := []*Port{r.NewPort(100, share), r.NewPort(100, share), r.NewPort(100, NewShare(100))}
+		ask := func(p *Port, n int) (refused int) {
+			b := p.Batch(n)
+			for i := range n {
+				b.Add(uint64(i+1), &GrantLeaseRequest{TTL: time.Hour})
+			}
+			if err := p.Submit(t.Context(), b); err != nil {
+				t.Fatal(err)
+			}
+			got, _ := replies(t, p)
+			for _, r := range got {
+				if errors.As(r.Err, new(*ExhaustedError)) {
+					refused++
+				}
+			}
+			return refused
+		}
+		for round := range 2 {
+			l.holding(true, false)
+			first := background(func() (Grant, error) { return r.own("first", time.Hour, 0, 0) }) // is in the log
+			synctest.Wait()
+			if n := ask(ports[0], 6); n != 0 {
+				t.Errorf("round %d: %d of 6 were refused", round, n)
+			}
+			if n := ask(ports[1], 6); n != 2 {
+				t.Errorf("round %d: %d of 6 more were refused", round, n)
+			}
+			if n := ask(ports[2], 6); n != 0 {
+				t.Errorf("round %d: %d of another connection's 6", round, n)
+			}
+			l.lose("")
+			l.holding(false, false)
+			l.commit()
+			<-first
+			for _, p := range ports {
+				replies(t, p)
+			}
+			l.lead(uint64(round) + 2)
+		}
+		for _, p := range ports {
+			p.Close(false)
 		}
 	})
 }

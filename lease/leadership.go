@@ -78,6 +78,7 @@ func (l *loop) lead(change Leadership) {
 // abandonServing answers whoever waits with err; places in queues stay.
 func (l *loop) abandonServing(err error) {
 	for _, c := range l.pending {
+		c.pends(-1)
 		l.reserved.sub(c.room)
 		c.answer(l, machine.Result{}, err)
 	}

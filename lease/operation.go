@@ -228,6 +228,9 @@ func (c *call) take(l *loop) {
 		c.answer(l, machine.Result{}, nil) // a later call goes on with it
 		return
 	}
+	if err == nil {
+		err = l.crowds(c)
+	}
 	if err == nil && c.acquires() {
 		err = c.sink.admit(c)
 	}

@@ -18,8 +18,8 @@ import (
 type Port struct {
 	m      *Manager
 	number uint32
-	max    int64         // operations under way before Submit blocks
-	waits  *Waits        // bounds parked acquisitions
+	max    int64 // operations under way before Submit blocks
+	share  *Share
 	ready  chan struct{} // buffered, one: there is something to Take
 	room   chan struct{} // buffered, one: under has fallen
 
@@ -55,21 +55,24 @@ type Loss struct {
 // left out the next renewal tells.
 const maxLosses = 1 << 15
 
-// Waits bounds the acquisitions that are parked on the ports of one connection.
-type Waits struct {
-	max    int
-	parked int // the loop's own
+// Share is what the ports of one connection may take together: acquisitions that are
+// parked, and an eighth of what may wait for the log.
+type Share struct {
+	waits int
+
+	// The loop's own.
+	parked, pending int
 }
 
-// NewWaits lets at most so many acquisitions wait.
-func NewWaits(most int) *Waits { return &Waits{max: most} }
+// NewShare lets at most so many acquisitions wait.
+func NewShare(waits int) *Share { return &Share{waits: waits} }
 
 // NewPort returns a port that has operations of at most about bound under way
 // (an Acquire counts each name, a KeepAlive every 64 leases), parked ones
-// apart. Ports may share waits.
-func (m *Manager) NewPort(bound int, waits *Waits) *Port {
+// apart. Ports of one connection have one share.
+func (m *Manager) NewPort(bound int, share *Share) *Port {
 	return &Port{
-		m: m, number: max(m.ports.Add(1), 1), max: int64(bound), waits: waits,
+		m: m, number: max(m.ports.Add(1), 1), max: int64(bound), share: share,
 		ready: make(chan struct{}, 1), room: make(chan struct{}, 1),
 		open: make(map[uint64]*call),
 	}
@@ -264,7 +267,7 @@ func (c *closing) take(l *loop) {
 		(&leave{call: p.open[tag], lost: c.lost}).take(l)
 	}
 	clear(p.open)
-	p.waits.parked -= p.parked
+	p.share.parked -= p.parked
 	for _, r := range unheard {
 		if r.asked != nil && r.Grant != nil {
 			(&leave{call: r.asked, lost: c.lost}).take(l)
@@ -288,8 +291,8 @@ func (x *cancel) take(l *loop) {
 
 // admit holds an acquisition against the port's own bound.
 func (p *Port) admit(c *call) error {
-	if c.bound != 0 && p.waits.parked >= p.waits.max {
-		return &ExhaustedError{What: "waits on one connection", Max: p.waits.max}
+	if c.bound != 0 && p.share.parked >= p.share.waits {
+		return &ExhaustedError{What: "waits on one connection", Max: p.share.waits}
 	}
 	p.open[c.tag] = c
 	return nil
@@ -300,7 +303,7 @@ func (p *Port) parks(c *call) {
 	c.onPort = true
 	if !p.gone {
 		p.parked++
-		p.waits.parked++
+		p.share.parked++
 	}
 	p.less(c.weight)
 }
@@ -311,7 +314,7 @@ func (p *Port) leaves(c *call) {
 		c.onPort = false
 		if !p.gone {
 			p.parked--
-			p.waits.parked--
+			p.share.parked--
 		}
 		p.under.Add(c.weight)
 	}

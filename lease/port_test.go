@@ -43,7 +43,7 @@ func own(request RequestID, wait time.Duration, names ...string) AcquireRequest 
 
 func TestPortAnswersEachOperation(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
-		p := r.NewPort(100, NewWaits(100))
+		p := r.NewPort(100, NewShare(100))
 		defer p.Close(false)
 		submit(t, p, func(b *Batch) {
 			b.Acquire(1, own(1, 0, "a"))
@@ -112,7 +112,7 @@ func TestPortAnswersEachOperation(t *testing.T) {
 // gets through.
 func TestAWaitOnAPortHoldsUpNobody(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
-		p := r.NewPort(2, NewWaits(50))
+		p := r.NewPort(2, NewShare(50))
 		defer p.Close(false)
 		submit(t, p, func(b *Batch) { b.Acquire(1, own(1, 0, "a")) })
 		got, _ := replies(t, p)
@@ -141,7 +141,7 @@ func TestAWaitOnAPortHoldsUpNobody(t *testing.T) {
 // TestASlowPortHoldsUpItsReader: what is not taken counts as under way.
 func TestASlowPortHoldsUpItsReader(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
-		p := r.NewPort(10, NewWaits(10))
+		p := r.NewPort(10, NewShare(10))
 		defer p.Close(false)
 		for i := range uint64(10) {
 			submit(t, p, func(b *Batch) { b.Acquire(i+1, own(RequestID(i+1), 0, fmt.Sprint("a", i))) })
@@ -178,7 +178,7 @@ func TestCancelOnAPort(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, l := startScript(t)
 		defer r.stop()
-		p := r.NewPort(100, NewWaits(100))
+		p := r.NewPort(100, NewShare(100))
 		defer p.Close(false)
 		submit(t, p, func(b *Batch) { b.Acquire(1, own(1, 0, "a")); b.Acquire(2, own(2, WaitForever, "a")) })
 		if got, _ := replies(t, p); len(got) != 1 || got[1].Err != nil {
@@ -216,7 +216,7 @@ func TestAPortThatCloses(t *testing.T) {
 	for _, detached := range []bool{false, true} {
 		t.Run(fmt.Sprint("detached ", detached), func(t *testing.T) {
 			bubble(t, func(t *testing.T, r *rig) {
-				p := r.NewPort(100, NewWaits(100))
+				p := r.NewPort(100, NewShare(100))
 				submit(t, p, func(b *Batch) {
 					b.Acquire(1, own(1, 0, "a"))
 					b.Acquire(2, own(2, WaitForever, "a"))
@@ -235,7 +235,7 @@ func TestAPortThatCloses(t *testing.T) {
 					t.Errorf("%d holds, %d waiters", status.Holds, status.Waiters)
 				}
 				if detached { // the place is found again, and lost after a TTL
-					again := r.NewPort(10, NewWaits(10))
+					again := r.NewPort(10, NewShare(10))
 					defer again.Close(false)
 					submit(t, again, func(b *Batch) { b.Acquire(1, own(1, 0, "a")); b.Acquire(2, own(2, WaitForever, "a")) })
 					got, _ := replies(t, again)
@@ -257,7 +257,7 @@ func TestAPortThatCloses(t *testing.T) {
 // and of no clean end.
 func TestLossesOnAPort(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
-		p, q := r.NewPort(100, NewWaits(100)), r.NewPort(100, NewWaits(100))
+		p, q := r.NewPort(100, NewShare(100)), r.NewPort(100, NewShare(100))
 		defer p.Close(false)
 		defer q.Close(false)
 		submit(t, p, func(b *Batch) {
@@ -309,7 +309,7 @@ func TestAPortOverFailures(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r, l := startScript(t)
 				defer r.log.Close()
-				p := r.NewPort(100, NewWaits(100))
+				p := r.NewPort(100, NewShare(100))
 				submit(t, p, func(b *Batch) { b.Acquire(1, own(1, 0, "a")); b.Acquire(2, own(2, WaitForever, "a")) })
 				if got, _ := replies(t, p); len(got) != 1 {
 					t.Fatalf("%+v", got)
@@ -338,8 +338,8 @@ func TestAPortOverFailures(t *testing.T) {
 // A reader may submit after its writer has closed the port: that is for nobody.
 func TestSubmittedToAPortThatIsClosed(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
-		p := r.NewPort(100, NewWaits(100))
-		q := r.NewPort(100, NewWaits(100))
+		p := r.NewPort(100, NewShare(100))
+		q := r.NewPort(100, NewShare(100))
 		defer q.Close(false)
 		submit(t, q, func(b *Batch) { b.Acquire(1, own(1, 0, "a")) })
 		if got, _ := replies(t, q); got[1].Err != nil {
@@ -366,7 +366,7 @@ func TestWaitsOfOneConnection(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		shared := NewWaits(2)
+		shared := NewShare(2)
 		p, q := r.NewPort(100, shared), r.NewPort(100, shared)
 		submit(t, p, func(b *Batch) { b.Acquire(1, own(1, WaitForever, "a")); b.Acquire(2, own(2, WaitForever, "a")) })
 		synctest.Wait()
@@ -396,7 +396,7 @@ func TestWaitsOfOneConnection(t *testing.T) {
 // cancels.
 func TestACancelWeighs(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
-		p := r.NewPort(100, NewWaits(100))
+		p := r.NewPort(100, NewShare(100))
 		b := p.Batch(10)
 		for i := range 10 {
 			b.Cancel(uint64(i + 1))

@@ -43,7 +43,17 @@ func (f *flight) add(c *call) {
 }
 
 // enqueue adds a command to the next batch.
-func (l *loop) enqueue(c *call) { l.pending = append(l.pending, c) }
+func (l *loop) enqueue(c *call) {
+	l.pending = append(l.pending, c)
+	c.pends(1)
+}
+
+// pends counts a command for the connection that asked for it.
+func (c *call) pends(n int) {
+	if p, ok := c.sink.(*Port); ok {
+		p.share.pending += n
+	}
+}
 
 // propose sends what is pending to the log. While a batch is in it the next one
 // gathers, until it is worth a way through the log of its own; while maxFlights
@@ -80,6 +90,7 @@ func (l *loop) proposeBatch() bool {
 		c := l.pending[n]
 		more, parts := size(c.cmd)
 		bytes, work = bytes+more, work+parts
+		c.pends(-1)
 		f.add(c)
 	}
 	clear(l.pending[:n])

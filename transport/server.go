@@ -36,7 +36,7 @@ import (
 // package lease; all methods are safe for concurrent use.
 type Manager interface {
 	Do(context.Context, lease.Operation) (lease.Reply, error)
-	NewPort(bound int, waits *lease.Waits) *lease.Port
+	NewPort(bound int, share *lease.Share) *lease.Port
 	Leases(ctx context.Context, after lease.ID, limit int) ([]lease.LeaseInfo, bool, error)
 	Locks(ctx context.Context, prefix, after string, limit int) ([]lease.LockInfo, bool, uint64, error)
 	StaleLock(name string) (lease.LockInfo, uint64, error)
@@ -433,7 +433,7 @@ func (l markedListener) Accept() (net.Conn, error) {
 		return nil, err
 	}
 	c := &markedConn{Conn: conn, addr: &markedAddr{Addr: conn.RemoteAddr(), peer: l.peer, since: time.Now()}}
-	c.addr.waits = lease.NewWaits(maxWaits)
+	c.addr.share = lease.NewShare(maxWaits)
 	c.addr.box = l.unread.open(conn.RemoteAddr().String(), func() { conn.Close() })
 	return c, nil
 }
@@ -449,7 +449,7 @@ type markedAddr struct {
 	closed  atomic.Bool
 	box     *outbox
 	streams atomic.Int64 // of Multiplex, that are open
-	waits   *lease.Waits // of those
+	share   *lease.Share // of those
 	headers atomic.Int64 // bytes, of calls under way that have many
 	silent  atomic.Int64 // calls that wait for what is asked
 	cut     atomic.Bool

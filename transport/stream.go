@@ -44,12 +44,12 @@ type multiplexStream = grpc.BidiStreamingServer[pb.MultiplexRequest, pb.Multiple
 // and both end with the call. Between them stands the manager's port, so that
 // no operation needs a goroutine of its own.
 func (s *streamService) Multiplex(stream multiplexStream) error {
-	under, waits := maxUnderWay, lease.NewWaits(maxWaits)
+	under, share := maxUnderWay, lease.NewShare(maxWaits)
 	if a := addrOf(stream.Context()); a != nil {
-		under, waits = max(maxUnderWay/int(a.streams.Add(1)), leastUnderWay), a.waits
+		under, share = max(maxUnderWay/int(a.streams.Add(1)), leastUnderWay), a.share
 		defer a.streams.Add(-1)
 	}
-	port := s.m.NewPort(under, waits)
+	port := s.m.NewPort(under, share)
 	connection := connectionOf(stream)
 	defer func() { port.Close(detached(connection)) }()
 	read := make(chan error, 1)

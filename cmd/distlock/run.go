@@ -58,11 +58,6 @@ Exit codes: the command's own; 75 not acquired in time; 76 lock lost.`,
 	return r.add(cmd)
 }
 
-// forwarded are the signals that the command gets in place of this process.
-var forwarded = []os.Signal{
-	syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGWINCH,
-}
-
 // runner is one `distlock run`. The command's parent is not this process but
 // a guard (see guard_linux.go), which kills it in time even when this process
 // has been stopped or killed.
@@ -163,7 +158,7 @@ func (r *runner) acquire(c *client.Client, g *guard, signals <-chan os.Signal) (
 			}
 			return res.lock, nil
 		case s := <-signals:
-			if s == syscall.SIGWINCH {
+			if s == windowChanged {
 				continue
 			}
 			cancel()

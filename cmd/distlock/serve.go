@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"strings"
-	"syscall"
 	"unicode"
 
 	"github.com/spf13/cobra"
@@ -202,7 +201,3 @@ func newLogger(format, level string) (*zap.Logger, error) {
 	}
 	return cfg.Build()
 }
-
-// private makes every file that this process makes the owner's alone: a data
-// directory holds the names of everything that is locked, and by whom.
-func private() { syscall.Umask(0o077) }

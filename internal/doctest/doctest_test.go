@@ -1,3 +1,5 @@
+//go:build linux
+
 // Package doctest runs what the README and the docs show: every command of
 // every ```console block, against real servers, and compares what they print
 // with what the docs say. Go programs in the docs are compiled.

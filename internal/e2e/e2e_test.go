@@ -1,3 +1,5 @@
+//go:build linux
+
 // Package e2e runs the real binary as its users do, in processes of its own:
 // it is killed, stopped, starved of disk and talked to by strangers.
 package e2e

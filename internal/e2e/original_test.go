@@ -1,4 +1,4 @@
-//go:build original
+//go:build original && linux
 
 package e2e
 

@@ -1,4 +1,4 @@
-//go:build upgrade
+//go:build upgrade && linux
 
 package e2e
 

@@ -1,11 +1,5 @@
 package server
 
-import (
-	"math"
-
-	"golang.org/x/sys/unix"
-)
-
 // files is how the limit of open files is shared out: what clients and
 // strangers may take leaves enough for the log, snapshots and members, which
 // must be able to go on whatever connects.
@@ -17,11 +11,7 @@ type files struct {
 
 // shareFiles reads the limit; Go has raised it to the hard one at the start.
 func shareFiles() files {
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		limit.Cur = 1024
-	}
-	return share(int(min(limit.Cur, math.MaxInt32)))
+	return share(openFiles())
 }
 
 func share(limit int) files {
