@@ -57,6 +57,7 @@ var brief = map[string]bool{
 type begun struct {
 	refused *lease.ExhaustedError
 	asked   atomic.Bool // or over
+	cost    int64       // see markedAddr.pause
 }
 
 type begunKey struct{}
@@ -71,6 +72,8 @@ func (c *calls) tap(ctx context.Context, info *tap.Info) (context.Context, error
 	call := &begun{}
 	silent := a.silent.Add(1)
 	bytes := sizeOfHeaders(info.Header)
+	call.cost = 1 + bytes>>10
+	a.debt.Add(call.cost)
 	if bytes <= fewHeaders {
 		bytes = 0
 	}
@@ -86,7 +89,6 @@ func (c *calls) tap(ctx context.Context, info *tap.Info) (context.Context, error
 	context.AfterFunc(ctx, func() {
 		c.under.Add(-1)
 		a.headers.Add(-bytes)
-		a.ended.Add(1)
 		if call.asked.CompareAndSwap(false, true) {
 			a.silent.Add(-1)
 		}
@@ -111,6 +113,7 @@ func (c *calls) admit(ctx context.Context) error {
 	}
 	if call.asked.CompareAndSwap(false, true) {
 		addrOf(ctx).silent.Add(-1)
+		addrOf(ctx).debt.Add(-call.cost)
 	}
 	if call.refused != nil {
 		c.refused(ReasonExhausted)
@@ -135,30 +138,44 @@ func (c *calls) stream(srv any, in grpc.ServerStream, _ *grpc.StreamServerInfo, 
 	return handler(srv, in)
 }
 
-// answered counts a call that its client has not ended before it was answered.
+// answered counts a call that has been worked on: whether its client was still there.
 func answered(ctx context.Context) {
-	if a := addrOf(ctx); a != nil && ctx.Err() == nil {
+	switch a := addrOf(ctx); {
+	case a == nil:
+	case ctx.Err() == nil:
 		a.answered.Add(1)
+	default:
+		a.debt.Add(1)
 	}
 }
 
-// Calls that their clients end before they are answered are work for nothing: a
-// connection may have maxResets of them at once, and as many each second.
-const maxResets = 10_000
+// Calls that are begun and not gone on with, or ended before they are answered, are
+// work for nothing: a connection may have freeCalls of them and debtPerSecond each
+// second, and creditEach for each that was answered. A kibibyte of headers counts
+// like a call. Who is beyond that is read more slowly, and ten times as slowly far
+// beyond it: what renews may stand behind a pause.
+const (
+	freeCalls     = 256
+	debtPerSecond = 1000
+	creditEach    = 8
+	shortPause    = 50 * time.Millisecond
+	longPause     = 500 * time.Millisecond
+)
 
-// pause is how long a connection is not read for now, because its client has ended
-// more calls than that since it began.
+// pause is how long a connection is not read for now.
 func (a *markedAddr) pause() time.Duration {
-	resets := a.ended.Load() - a.answered.Load()
-	if resets <= maxResets {
+	debt := a.debt.Load() - freeCalls
+	if debt <= 0 { // of nearly all
 		return 0
 	}
-	earned := time.Duration(resets-maxResets) * time.Second / maxResets
-	return min(earned-time.Since(a.since), maxPause) // of the process
+	debt -= creditEach * a.answered.Load()
+	earned := time.Duration(debt) * time.Second / debtPerSecond
+	due := earned - time.Since(a.since) // of the process
+	if due > 10*time.Second {
+		return longPause
+	}
+	return min(due, shortPause)
 }
-
-// maxPause bounds one pause: what renews may stand behind it.
-const maxPause = 50 * time.Millisecond
 
 func sizeOfHeaders(list metadata.MD) (bytes int64) {
 	for key, values := range list {

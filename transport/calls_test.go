@@ -5,9 +5,11 @@ import (
 	"io"
 	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"golang.org/x/net/http2"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -125,27 +127,56 @@ func TestHeadersAreBounded(t *testing.T) {
 	}
 }
 
-// TestWhoEndsCallsIsReadMoreSlowly: who ends more calls than a server is to do for
-// nothing waits for as long as that many take.
+// TestWhoEndsCallsIsReadMoreSlowly: who has more work done for nothing than is free
+// waits for as long as that takes to be earned, or has it answered.
 func TestWhoEndsCallsIsReadMoreSlowly(t *testing.T) {
 	a := &markedAddr{since: time.Now()}
-	a.ended.Store(maxResets)
+	a.debt.Store(freeCalls)
 	if d := a.pause(); d > 0 {
 		t.Errorf("%v within the bound", d)
 	}
-	a.ended.Add(1 << 20)
-	if d := a.pause(); d != maxPause {
+	a.debt.Add(debtPerSecond)
+	if d := a.pause(); d != shortPause {
+		t.Errorf("%v beyond it", d)
+	}
+	a.debt.Add(100 * debtPerSecond)
+	if d := a.pause(); d != longPause {
 		t.Errorf("%v far beyond it", d)
 	}
-	a.answered.Add(1 << 20)
+	a.answered.Add(100 * debtPerSecond)
 	if d := a.pause(); d > 0 {
-		t.Errorf("%v when they were answered", d)
+		t.Errorf("%v when as many were answered", d)
 	}
-	a.ended.Add(maxResets)
-	a.since = a.since.Add(-time.Minute)
+	a.answered.Store(0)
+	a.since = a.since.Add(-102 * time.Second)
 	if d := a.pause(); d > 0 {
-		t.Errorf("%v a minute later", d)
+		t.Errorf("%v when it has been earned", d)
 	}
+}
+
+// TestWorkForNothingIsCounted: of calls that are reset before they are answered, and
+// of those that are answered.
+func TestWorkForNothingIsCounted(t *testing.T) {
+	var conn atomic.Pointer[markedAddr]
+	r := serveWith(t, Config{Manager: &manager{keep: func([]lease.ID) ([]lease.KeepAlive, error) { return nil, nil }}},
+		func(s *Server) { s.seen = func(a *markedAddr) { conn.Store(a) } })
+	c := http2test.Dial(t, r.address)
+	soonTrue(t, "it is accepted", func() bool { return conn.Load() != nil })
+	a := conn.Load()
+	for range 10 {
+		c.Ended(c.Call(pb.LeaseService_KeepAlive_FullMethodName, &pb.KeepAliveRequest{LeaseIds: []uint64{1}}))
+	}
+	soonTrue(t, "ten were answered", func() bool { return a.answered.Load() == 10 && a.debt.Load() == 0 })
+	for range 10 {
+		id, err := c.Begin(pb.LeaseService_KeepAlive_FullMethodName)
+		if err == nil {
+			err = c.WriteRSTStream(id, http2.ErrCodeCancel)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	soonTrue(t, "ten were for nothing", func() bool { return a.answered.Load() == 10 && a.debt.Load() == 10 })
 }
 
 // TestRenewalsWaitForNoWorker: what renews is answered while all workers are busy,

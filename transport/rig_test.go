@@ -72,11 +72,11 @@ func (r *rig) leases() pb.LeaseServiceClient { return pb.NewLeaseServiceClient(r
 
 func serve(t *testing.T, cfg Config) *rig {
 	t.Helper()
-	return serveWith(t, cfg, func(*unread) {})
+	return serveWith(t, cfg, func(*Server) {})
 }
 
-// serveWith serves with other bounds on what is not read.
-func serveWith(t *testing.T, cfg Config, bounds func(*unread)) *rig {
+// serveWith serves with other bounds.
+func serveWith(t *testing.T, cfg Config, bounds func(*Server)) *rig {
 	t.Helper()
 	if cfg.Node == nil {
 		cfg.Node = func() Node { return Node{ID: "n1"} }
@@ -86,7 +86,7 @@ func serveWith(t *testing.T, cfg Config, bounds func(*unread)) *rig {
 		t.Fatal(err)
 	}
 	r := &rig{Server: NewServer(cfg), address: l.Addr().String()}
-	bounds(r.unread)
+	bounds(r.Server)
 	served := make(chan error, 1)
 	go func() { served <- r.Serve(l) }()
 	r.conn = dial(t, r.address)

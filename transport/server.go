@@ -125,7 +125,8 @@ type Server struct {
 	refusing *refusing // answers those for which there is no room
 	unread   *unread
 	keeping  sync.Once
-	stopping context.Context // ends when Stop begins
+	seen     func(*markedAddr) // of tests: each connection
+	stopping context.Context   // ends when Stop begins
 	stop     context.CancelFunc
 }
 
@@ -215,14 +216,14 @@ func (s *Server) Serve(l net.Listener) error {
 			<-refused
 		}()
 	}
-	return s.grpc.Serve(markedListener{l, false, s.unread})
+	return s.grpc.Serve(markedListener{l, false, s})
 }
 
 // ServePeers does the same for connections on which other members forward
 // calls of their clients.
 func (s *Server) ServePeers(l net.Listener) error {
 	s.keeping.Do(s.unread.begin)
-	return s.grpc.Serve(markedListener{l, true, s.unread})
+	return s.grpc.Serve(markedListener{l, true, s})
 }
 
 // Stop ends the streams, which have no end of their own, lets calls under way
@@ -288,6 +289,9 @@ func worked(ctx context.Context, req any, work workers, refused func(string), ha
 		return nil, toStatus(err)
 	}
 	defer work.leave()
+	if ctx.Err() != nil { // its turn came too late
+		return nil, toStatus(ctx.Err())
+	}
 	resp, err := handler(ctx, req)
 	if err != nil {
 		err = asStatus(err)
@@ -423,8 +427,8 @@ func endOf(ctx context.Context) error {
 // calls on it, and has no other way to tell the two ends of a call apart.
 type markedListener struct {
 	net.Listener
-	peer   bool // of another member
-	unread *unread
+	peer bool // of another member
+	s    *Server
 }
 
 func (l markedListener) Accept() (net.Conn, error) {
@@ -434,7 +438,10 @@ func (l markedListener) Accept() (net.Conn, error) {
 	}
 	c := &markedConn{Conn: conn, addr: &markedAddr{Addr: conn.RemoteAddr(), peer: l.peer, since: time.Now()}}
 	c.addr.share = lease.NewShare(maxWaits)
-	c.addr.box = l.unread.open(conn.RemoteAddr().String(), func() { conn.Close() })
+	c.addr.box = l.s.unread.open(conn.RemoteAddr().String(), func() { conn.Close() })
+	if l.s.seen != nil {
+		l.s.seen(c.addr)
+	}
 	return c, nil
 }
 
@@ -455,8 +462,8 @@ type markedAddr struct {
 	cut     atomic.Bool
 
 	since    time.Time
-	ended    atomic.Int64 // calls
-	answered atomic.Int64 // of those that their clients had not ended
+	answered atomic.Int64 // calls whose clients had not ended them
+	debt     atomic.Int64 // see pause
 
 	// The reading goroutine's own: calls that the last read began.
 	begun int
@@ -470,11 +477,10 @@ func (c *markedConn) RemoteAddr() net.Addr { return c.addr }
 // begins many calls at once is read little by little, for each is a goroutine.
 func (c *markedConn) Read(p []byte) (int, error) {
 	most := len(p)
-	if c.addr.begun > manyCalls {
-		most = min(most, littleRead)
-	}
 	if d := c.addr.pause(); d > 0 {
 		time.Sleep(d)
+	} else if c.addr.begun > manyCalls {
+		most = min(most, littleRead)
 	}
 	c.addr.begun = 0
 	n, err := c.Conn.Read(p[:most])

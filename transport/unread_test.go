@@ -102,7 +102,7 @@ func TestRenewalsThatNobodyReadsAreBounded(t *testing.T) {
 		if reason == ReasonOutcomeUnknown {
 			refused.Add(1)
 		}
-	}}, func(u *unread) { u.each = 64 << 10 })
+	}}, func(s *Server) { s.unread.each = 64 << 10 })
 	l := http2test.Dial(t, r.address, http2test.Lazy())
 	many := &pb.KeepAliveRequest{}
 	for i := range 100 {
@@ -125,7 +125,7 @@ func TestSlowReadersAreCut(t *testing.T) {
 		if reason == ReasonSlowReader {
 			cut.Add(1)
 		}
-	}}, func(u *unread) { u.patience, u.pressed = 200*time.Millisecond, 100*time.Millisecond })
+	}}, func(s *Server) { s.unread.patience, s.unread.pressed = 200*time.Millisecond, 100*time.Millisecond })
 	l := http2test.Dial(t, r.address, http2test.Lazy())
 	l.Call(pb.LockService_List_FullMethodName, &pb.ListRequest{PageSize: 1000})
 	for cut.Load() == 0 {
@@ -149,7 +149,9 @@ func TestSlowReadersOfAllConnections(t *testing.T) {
 		if reason == ReasonSlowReader {
 			cut.Add(1)
 		}
-	}}, func(u *unread) { u.inAll, u.patience, u.pressed = 8<<20, time.Hour, 100*time.Millisecond })
+	}}, func(s *Server) {
+		s.unread.inAll, s.unread.patience, s.unread.pressed = 8<<20, time.Hour, 100*time.Millisecond
+	})
 	for range 4 {
 		l := http2test.Dial(t, r.address, http2test.Lazy())
 		for range 10 {

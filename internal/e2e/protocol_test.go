@@ -29,7 +29,7 @@ const attackEnv = "DISTLOCK_E2E_ATTACK"
 
 // An attack on the protocol is what is done on one connection until it ends.
 // The numbers are those of the vulnerabilities of this kind that other servers had.
-var attackKinds = []struct {
+var attackKinds = []struct { // the last is a measure of the machine
 	name string
 	on   func(*http2test.Conn) error
 }{
@@ -137,11 +137,40 @@ var attackKinds = []struct {
 	{"HTTP/1", nil},
 }
 
+// itself attacks a listener of the attackers' own.
+const itself = "pings to itself"
+
+func init() {
+	for _, k := range attackKinds {
+		if k.name == "pings" {
+			k.name = itself
+			attackKinds = append(attackKinds, k)
+			return
+		}
+	}
+}
+
 // attack does one of them on some connections at once, which it makes anew, until
 // it is killed.
 func attack(address, kind string) error {
-	if kind == flooding {
+	switch kind {
+	case flooding:
 		return flood(address)
+	case itself: // what the same noise does that does not reach the server
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return err
+		}
+		go func() {
+			for {
+				conn, err := l.Accept()
+				if err != nil {
+					return
+				}
+				go io.Copy(io.Discard, conn)
+			}
+		}()
+		address = l.Addr().String()
 	}
 	for _, k := range attackKinds {
 		if k.name != kind {
