@@ -2,6 +2,7 @@ package transport
 
 import (
 	"context"
+	"errors"
 	"sync/atomic"
 	"time"
 
@@ -58,6 +59,7 @@ type begun struct {
 	refused *lease.ExhaustedError
 	asked   atomic.Bool // or over
 	cost    int64       // see markedAddr.pause
+	at      time.Time
 }
 
 type begunKey struct{}
@@ -69,7 +71,7 @@ func (c *calls) tap(ctx context.Context, info *tap.Info) (context.Context, error
 		return ctx, nil
 	}
 	a.begun++
-	call := &begun{}
+	call := &begun{at: time.Now()} // of the process
 	silent := a.silent.Add(1)
 	bytes := sizeOfHeaders(info.Header)
 	call.cost = 1 + bytes>>10
@@ -138,18 +140,23 @@ func (c *calls) stream(srv any, in grpc.ServerStream, _ *grpc.StreamServerInfo, 
 	return handler(srv, in)
 }
 
-// answered counts a call that has been worked on: whether its client was still there.
+// answered counts a call that has been worked on: whether it was for nothing. Whose
+// client gives up a wait has waited, and whose deadline has passed has said so.
 func answered(ctx context.Context) {
-	switch a := addrOf(ctx); {
-	case a == nil:
+	call, _ := ctx.Value(begunKey{}).(*begun)
+	switch {
+	case call == nil:
 	case ctx.Err() == nil:
-		a.answered.Add(1)
-	default:
-		a.debt.Add(1)
+		addrOf(ctx).answered.Add(1)
+	case errors.Is(ctx.Err(), context.Canceled) && time.Since(call.at) < atOnce:
+		addrOf(ctx).debt.Add(1)
 	}
 }
 
-// Calls that are begun and not gone on with, or ended before they are answered, are
+// atOnce is how soon after it began the end of a call makes it work for nothing.
+const atOnce = 50 * time.Millisecond
+
+// Calls that are begun and not gone on with, or ended by their client at once, are
 // work for nothing: a connection may have freeCalls of them and debtPerSecond each
 // second, and creditEach for each that was answered. A kibibyte of headers counts
 // like a call. Who is beyond that is read more slowly, and ten times as slowly far

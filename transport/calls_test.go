@@ -2,6 +2,7 @@ package transport
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"golang.org/x/net/http2"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
 	"github.com/distlock/distlock/internal/http2test"
@@ -177,6 +179,31 @@ func TestWorkForNothingIsCounted(t *testing.T) {
 		}
 	}
 	soonTrue(t, "ten were for nothing", func() bool { return a.answered.Load() == 10 && a.debt.Load() == 10 })
+	for what, of := range map[string]struct {
+		ctx  context.Context
+		at   time.Time
+		debt int64
+	}{
+		"cancelled at once":       {ended(context.Canceled), time.Now(), 1},
+		"a wait that is given up": {ended(context.Canceled), time.Now().Add(-time.Minute), 0},
+		"past its deadline":       {ended(context.DeadlineExceeded), time.Now(), 0},
+	} {
+		a := &markedAddr{}
+		answered(context.WithValue(peer.NewContext(of.ctx, &peer.Peer{Addr: a}), begunKey{}, &begun{at: of.at}))
+		if a.debt.Load() != of.debt || a.answered.Load() != 0 {
+			t.Errorf("%s: a debt of %d, %d answered", what, a.debt.Load(), a.answered.Load())
+		}
+	}
+}
+
+// ended is a context that has ended.
+func ended(err error) context.Context {
+	ctx, cancel := context.WithDeadline(context.Background(), time.Now().Add(-time.Second))
+	if errors.Is(err, context.Canceled) {
+		ctx, cancel = context.WithCancel(context.Background())
+	}
+	cancel()
+	return ctx
 }
 
 // TestRenewalsWaitForNoWorker: what renews is answered while all workers are busy,
