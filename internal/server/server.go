@@ -222,6 +222,96 @@ func (s *Server) Addr() net.Addr { return s.listener.Addr() }
 // it returns why. Whatever happens, the log is closed and the port free when
 // it returns.
 func (s *Server) Run(ctx context.Context) error {
+	s.announce()
+	loop, stopLoop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopLoop()
+	stopping, stop := context.WithCancel(ctx) // what clients are told of this node
+	defer stop()
+
+	all := &parts{failed: make(chan error, 1)}
+	web := &http.Server{ReadHeaderTimeout: 10 * time.Second}
+	if s.metrics != nil {
+		web.Handler = s.metrics.Handler(s.cfg.Pprof)
+		all.start(func() error { web.Serve(s.metricsListener); return nil })
+	}
+	all.start(func() error {
+		err := s.manager.Run(loop)
+		if err == nil && loop.Err() == nil {
+			err = errors.New("the log was closed")
+		}
+		return err
+	})
+	all.start(func() error {
+		if s.cfg.PeerAddress == "" {
+			// Calls that arrive before the log leads wait in the listen queue.
+			select {
+			case <-s.manager.Ready():
+				s.transport.SetServing(true)
+			case <-loop.Done():
+			}
+		}
+		if err := s.transport.Serve(s.listener); err != nil {
+			return fmt.Errorf("serving on %s ended: %w", s.Addr(), err)
+		}
+		return nil
+	})
+	if s.cfg.PeerAddress != "" {
+		all.start(func() error { return s.transport.ServePeers(s.replica.Forwarded()) })
+		all.start(func() error { s.tellWhetherServing(stopping, loop); return nil })
+		all.start(func() error { return s.join(loop) })
+	}
+
+	var err error
+	select {
+	case <-ctx.Done():
+	case err = <-all.failed:
+	}
+	stop()
+	bounded, cancel := context.WithTimeout(context.Background(), s.cfg.DrainTimeout)
+	defer cancel()
+	s.transport.SetServing(false)
+	if err == nil {
+		s.cfg.Logger.Info("stopping: calls under way may finish", zap.Duration("within", s.cfg.DrainTimeout))
+		if s.cfg.PeerAddress != "" {
+			s.handOver(bounded)
+		}
+		s.manager.Drain()
+	}
+	s.transport.Stop(bounded)
+	stopLoop()
+	web.Close()
+	all.group.Wait()
+	s.listener.Close()
+	if closeErr := s.closeLog(bounded); closeErr != nil && err == nil {
+		err = closeErr
+	}
+	if err == nil {
+		s.cfg.Logger.Info("stopped")
+	}
+	return err
+}
+
+// parts run side by side, each on a goroutine of its own.
+type parts struct {
+	group  sync.WaitGroup
+	failed chan error // buffered, one: the first error
+}
+
+// start runs a part. It returns nil when it was told to end, or has done what it was
+// for; an error ends all.
+func (p *parts) start(run func() error) {
+	p.group.Go(func() {
+		if err := run(); err != nil {
+			select {
+			case p.failed <- err:
+			default:
+			}
+		}
+	})
+}
+
+// announce logs what serves where.
+func (s *Server) announce() {
 	durability, dir := "every acknowledged change is synced to disk", s.cfg.DataDir
 	if s.cfg.InMemory {
 		durability, dir = "in memory: a restart forgets everything but the order of tokens", ""
@@ -233,103 +323,27 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	if s.metrics != nil {
 		fields = append(fields, zap.Stringer("metrics", s.MetricsAddr()))
-		stop := s.serveMetrics()
-		defer stop()
 	}
 	s.cfg.Logger.Info("distlock serves", fields...)
+}
 
-	loop, stopLoop := context.WithCancel(context.WithoutCancel(ctx))
-	defer stopLoop()
-	managed := make(chan error, 1)
-	go func() { managed <- s.manager.Run(loop) }()
-	served := make(chan error, 1)
-	go func() {
-		if s.cfg.PeerAddress == "" {
-			// Calls that arrive before the log leads wait in the listen queue.
-			select {
-			case <-s.manager.Ready():
-				s.transport.SetServing(true)
-			case <-loop.Done():
-			}
+// tellWhetherServing has the health service say that this member serves while it is
+// known who leads, until it is to stop; it ends with loop.
+func (s *Server) tellWhetherServing(stopping, loop context.Context) {
+	for stopping.Err() == nil {
+		_, led, err := s.replica.Leader(loop, 0)
+		if err != nil {
+			return
 		}
-		served <- s.transport.Serve(s.listener)
-	}()
-	var group sync.WaitGroup
-	defer group.Wait()
-	joined := make(chan error, 1)
-	if s.cfg.PeerAddress != "" {
-		group.Add(3)
-		go func() { // ends with the replica
-			defer group.Done()
-			s.transport.ServePeers(s.replica.Forwarded())
-		}()
-		go func() {
-			defer group.Done()
-			for ctx.Err() == nil {
-				_, led, err := s.replica.Leader(loop, 0)
-				if err != nil {
-					return
-				}
-				s.transport.SetServing(ctx.Err() == nil)
-				select {
-				case <-led.Done():
-					s.transport.SetServing(false)
-				case <-ctx.Done():
-				case <-loop.Done():
-					return
-				}
-			}
-		}()
-		go func() {
-			defer group.Done()
-			if err := s.join(loop); err != nil {
-				joined <- err
-			}
-		}()
-	}
-
-	var err error
-	bounded := context.Background()
-	select {
-	case <-ctx.Done():
-		var cancel context.CancelFunc
-		bounded, cancel = context.WithTimeout(bounded, s.cfg.DrainTimeout)
-		defer cancel()
-		s.cfg.Logger.Info("stopping: calls under way may finish", zap.Duration("within", s.cfg.DrainTimeout))
-		s.transport.SetServing(false)
-		if s.cfg.PeerAddress != "" {
-			s.handOver(bounded)
+		s.transport.SetServing(stopping.Err() == nil)
+		select {
+		case <-led.Done():
+			s.transport.SetServing(false)
+		case <-stopping.Done():
+		case <-loop.Done():
+			return
 		}
-		s.manager.Drain()
-	case err = <-joined:
-		s.transport.SetServing(false)
-	case err = <-managed:
-		managed <- nil
-		if err == nil {
-			err = errors.New("the log was closed")
-		}
-		s.transport.SetServing(false)
-	case err = <-served:
-		served <- nil
-		err = fmt.Errorf("serving on %s ended: %w", s.Addr(), err)
 	}
-	if _, ok := bounded.Deadline(); !ok { // it ends by itself
-		var cancel context.CancelFunc
-		bounded, cancel = context.WithTimeout(bounded, s.cfg.DrainTimeout)
-		defer cancel()
-	}
-	s.transport.Stop(bounded)
-	stopLoop()
-	<-managed
-	<-served
-	s.listener.Close()
-	if closeErr := s.closeLog(bounded); closeErr != nil && err == nil {
-		err = closeErr
-	}
-	if err == nil {
-		s.cfg.Logger.Info("stopped")
-	}
-	return err
 }
 
 // handOver hands the leadership over, if this node has it, unless that takes too
@@ -356,20 +370,6 @@ func (s *Server) MetricsAddr() net.Addr {
 		return nil
 	}
 	return s.metricsListener.Addr()
-}
-
-// serveMetrics begins to; the function that it returns ends it.
-func (s *Server) serveMetrics() (stop func()) {
-	web := &http.Server{Handler: s.metrics.Handler(s.cfg.Pprof), ReadHeaderTimeout: 10 * time.Second}
-	served := make(chan struct{})
-	go func() {
-		defer close(served)
-		web.Serve(s.metricsListener)
-	}()
-	return func() {
-		web.Close()
-		<-served
-	}
 }
 
 // Close gives up a server that was never run.
