@@ -105,15 +105,15 @@ func (a *acquisition) once(ctx context.Context, conn *grpc.ClientConn, until pat
 	e := toError(err)
 	switch {
 	case repeat && e.Reason == "REQUEST_ENDED":
-		// An attempt whose answer was lost had been refused, and so had ended.
-		// It was not granted, nor ever will be: ask anew.
+		// An earlier attempt, whose answer was lost, was refused: the request
+		// ended with that, and will never be granted. Ask with a new id.
 		a.done()
 		a.req = proto.CloneOf(a.req)
 		a.identify()
 		a.req.Attempt, a.known = 0, false
 		return nil, errAskAgain
 	case a.o.leaseID != 0 && a.req.GetRequestId() != 0 && e.Reason == "INVALID_ARGUMENT" && e.Field == "request_id":
-		// A server of before: it knows sequence numbers only. It makes up an id
+		// An older server, which knows sequence numbers only. It makes up an id
 		// itself, and undoes the request when its call ends.
 		a.req = proto.CloneOf(a.req)
 		a.req.RequestId, a.req.Attempt = 0, 0
@@ -123,8 +123,8 @@ func (a *acquisition) once(ctx context.Context, conn *grpc.ClientConn, until pat
 	return nil, err
 }
 
-// alive is until when, at the latest, the server counted the TTL of the
-// request's own lease from.
+// alive is the latest time from which the server may have counted the TTL of the
+// request's own lease.
 func (a *acquisition) alive() time.Duration {
 	if a.wait == nil {
 		return max(a.sent, a.began)
@@ -141,7 +141,7 @@ func (a *acquisition) waitBound(ctx context.Context) (total, within time.Duratio
 	deadline, bounded := ctx.Deadline()
 	switch o := a.o; {
 	case o.wait != nil && *o.wait == 0:
-		return a.c.callFor, a.c.attemptFor() // answered at once, or lost
+		return a.c.callFor, a.c.attemptTimeout() // answered at once, or lost
 	case o.wait != nil:
 		return *o.wait + a.c.callFor, 0
 	case bounded:

@@ -111,8 +111,7 @@ func (until patience) watch(ctx context.Context, cancel context.CancelCauseFunc)
 		closed = until.closed.Done()
 	}
 	done := make(chan struct{})
-	// A goroutine, for those only that wait longer than most. The pace is that
-	// of the network: renewals come later.
+	// Only those that wait longer than most need this goroutine.
 	late := time.AfterFunc(until.since, func() {
 		defer close(done)
 		select {
@@ -155,8 +154,8 @@ func (u calls) call(ctx context.Context, op *pb.Operation) (*pb.Answer, error) {
 	return nil, status.Error(codes.Unimplemented, "not an operation of this client")
 }
 
-// errNotText: protobuf takes no other text, and what it does not take must not
-// end the stream for all.
+// errNotText says that text is not UTF-8. Protobuf would refuse the whole message, and
+// with it the stream that others use.
 var errNotText = &Error{Reason: "INVALID_ARGUMENT", Code: codes.InvalidArgument, Message: "a name or other text of the request is not valid UTF-8"}
 
 func validText(op *pb.Operation) bool {

@@ -178,7 +178,7 @@ func (c *Client) conn(i int) (*grpc.ClientConn, error) {
 	return c.connLocked(i)
 }
 
-// connLocked is conn for who holds c.mu.
+// connLocked is conn; the caller holds c.mu.
 func (c *Client) connLocked(i int) (*grpc.ClientConn, error) {
 	if c.ctx.Err() != nil {
 		return nil, ErrClosed
@@ -260,21 +260,21 @@ func (c *Client) closeConns() error {
 	return errors.Join(errs...)
 }
 
-// attemptFor bounds one attempt of a call that should be answered at once.
-const attemptFor = 5 * time.Second
+// maxAttempt bounds one attempt of a call that should be answered at once.
+const maxAttempt = 5 * time.Second
 
 // call makes a call that should be answered at once, at whichever endpoint
 // answers, until it succeeds, fails for good or its time is up.
 func (c *Client) call(ctx context.Context, fn func(context.Context, *grpc.ClientConn) error) error {
 	return c.retry(ctx, c.callFor, func(ctx context.Context, conn *grpc.ClientConn) error {
-		ctx, cancel := context.WithTimeout(ctx, c.attemptFor())
+		ctx, cancel := context.WithTimeout(ctx, c.attemptTimeout())
 		defer cancel()
 		return fn(ctx, conn)
 	})
 }
 
-// attemptFor is that, within what a call may take at all.
-func (c *Client) attemptFor() time.Duration { return min(attemptFor, c.callFor) }
+// attemptTimeout is maxAttempt, or the time for the whole call where that is shorter.
+func (c *Client) attemptTimeout() time.Duration { return min(maxAttempt, c.callFor) }
 
 // retry makes attempts until one succeeds, fails for good, or ctx ends; a ctx
 // without a deadline ends after within as well, unless that is 0. The first

@@ -35,7 +35,7 @@ type acquireOptions struct {
 type AcquireOption func(*acquireOptions)
 
 // TTL sets the TTL of the lock's own lease; the default is DefaultTTL. The
-// client renews it three times as often. A shorter TTL frees the lock of a
+// client renews it each time a third of it has passed. A shorter TTL frees the lock of a
 // dead holder sooner, and loses it to a shorter pause or partition.
 func TTL(d time.Duration) AcquireOption { return func(o *acquireOptions) { o.ttl = d } }
 
@@ -199,7 +199,7 @@ func (c *Client) follows(ctx context.Context, id uint64, ttl time.Duration) (sen
 // at a time this client does not know: only from a renewal on can it count.
 func (c *Client) countsFrom(ctx context.Context, l *Lock, sent time.Duration) (time.Duration, error) {
 	for c.now()-sent > l.ttl/4 {
-		at, resp, err := c.keepAliveOnce(ctx, &pb.KeepAliveRequest{LeaseIds: []uint64{l.leaseID}}, patience{within: c.attemptFor(), closed: c.accepting})
+		at, resp, err := c.keepAliveOnce(ctx, &pb.KeepAliveRequest{LeaseIds: []uint64{l.leaseID}}, patience{within: c.attemptTimeout(), closed: c.accepting})
 		if err == nil {
 			p := resp.GetResults()[0].GetProblem()
 			if p == nil {
@@ -384,7 +384,7 @@ func (c *Client) releaseCall(ctx context.Context, op *pb.Operation) error {
 		if op.Id != 0 { // it has been on a stream
 			send = again(op)
 		}
-		_, err := c.ask(ctx, conn, send, patience{within: c.attemptFor()})
+		_, err := c.ask(ctx, conn, send, patience{within: c.attemptTimeout()})
 		return err
 	})
 }

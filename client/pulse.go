@@ -17,11 +17,10 @@ const (
 	pulseEvery = 500 * time.Millisecond
 )
 
-// pulse turns away from a server that has stopped without closing its
-// connections, or that something on the way swallows the packets of: a wait for
-// a lock has no bound of its own that would tell. The connection is closed,
-// which costs a waiter nothing, for its place is kept, and made anew, to the
-// next endpoint if there is one. It ends with Close.
+// pulse leaves a server that has stopped without closing its connections, or whose
+// packets are swallowed on the way: a wait for a lock has no bound of its own that
+// would show it. The connection is closed and made anew, to the next endpoint if
+// there is one. That costs a waiter nothing: its place is kept. It ends with Close.
 func (c *Client) pulse() {
 	defer c.group.Done()
 	timer := time.NewTimer(pulseEvery) // pace of the network, not of a lease
@@ -45,9 +44,9 @@ func (c *Client) pulse() {
 	}
 }
 
-// distance is how far away servers are: one that answers late must not be taken
-// for one that does not, or its connections would be closed for ever, each
-// before anything came of it.
+// distance is how far away servers are, in time. A server that answers late must not
+// be taken for one that does not answer: each of its connections would be closed
+// before anything could come of it.
 type distance struct {
 	within   time.Duration // that an answer may take at least
 	silences int           // in a row
@@ -75,9 +74,8 @@ func (c *Client) endpointCount() int {
 
 var errNotConnected = errors.New("not connected")
 
-// pulseWithin leaves the shortest lease that there was time for a renewal over
-// another connection, unless it is so short that a busy server would be taken
-// for a silent one.
+// pulseWithin leaves time to renew the shortest lease over another connection. It
+// has a lower bound, so that a busy server is not taken for a silent one.
 func (c *Client) pulseWithin() time.Duration {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -45,8 +45,8 @@ func margin(ttl time.Duration) time.Duration { return ttl/100 + min(10*time.Mill
 // deadline is when to stop believing in the lease, on the client's timeline.
 func (s *session) deadline() time.Duration { return s.sent + s.ttl - margin(s.ttl) }
 
-// keep begins to keep a lease alive, and locks that were granted with it, whose
-// wait, if they had one, is renewed no more.
+// keep begins to keep a lease alive, with the locks that were granted with it. If
+// they had to wait, the renewals of that wait end.
 func (c *Client) keep(parent context.Context, s *session, sent time.Duration, waited *wait) error {
 	s.sent, s.tried, s.next = sent, sent, sent+s.ttl/3
 	s.ctx, s.cancel = context.WithCancelCause(context.WithoutCancel(parent))
@@ -100,8 +100,8 @@ func (c *Client) end(s *session, cause error) {
 	s.cancel(cause)
 }
 
-// longestSleep bounds the renewer's: a machine that slept wakes to timers that
-// did not count the sleep.
+// longestSleep bounds how long the renewer sleeps: timers do not count the time in
+// which a machine is suspended, so it must look often.
 const longestSleep = time.Second
 
 // renew keeps all sessions alive, and waits: whatever is due leaves in one
@@ -143,8 +143,8 @@ type renewal struct {
 	patience time.Duration
 }
 
-// due ends what is past its deadline, warns of what is in danger, and returns
-// what to renew now, what to ask of, and how long to sleep then.
+// due ends what is past its deadline and warns of what is in danger. It returns
+// what to renew now, which locks to ask about, and how long to sleep after that.
 func (c *Client) due() (due []*renewal, follow []*session, sleep time.Duration) {
 	var warnings []Warning
 	var sessions []*session
@@ -208,11 +208,10 @@ func (c *Client) due() (due []*renewal, follow []*session, sleep time.Duration) 
 	return due, follow, max(wakeAt-now, time.Millisecond)
 }
 
-// renewals makes messages of what is due: each with TTLs, or paces of waits, of
-// about the same length, for its answer is awaited no longer than the shortest
-// allows, and those of
-// which half has gone apart, for the server answers them only once that is in
-// its log. The caller must hold c.mu.
+// renewals makes messages of what is due. The TTLs (or the paces of waits) in one
+// message are about the same: its answer is awaited no longer than the shortest of
+// them allows. Leases of whose TTL half has gone get a message of their own: the
+// server answers that only once it is in its log. The caller must hold c.mu.
 func (c *Client) renewals(now time.Duration, sessions []*session, waits []*wait) (list []*renewal) {
 	var r *renewal
 	var shortest time.Duration
@@ -220,7 +219,7 @@ func (c *Client) renewals(now time.Duration, sessions []*session, waits []*wait)
 	room := func(ttl time.Duration, late bool) *renewal {
 		if r == nil || ttl > 2*shortest || late != tardy || len(r.sessions)+len(r.waits) == maxKeepAlive {
 			shortest, tardy = ttl, late
-			r = &renewal{patience: min(attemptFor, max(ttl/3, 20*time.Millisecond))}
+			r = &renewal{patience: min(maxAttempt, max(ttl/3, 20*time.Millisecond))}
 			list = append(list, r)
 		}
 		return r
@@ -247,7 +246,7 @@ func (c *Client) renewals(now time.Duration, sessions []*session, waits []*wait)
 func (s *session) late(now time.Duration) bool { return now >= s.sent+s.ttl/2 }
 func (w *wait) late(now time.Duration) bool    { return now >= w.since+w.ttl/2 }
 
-// latter sorts true behind false.
+// latter is for sorting: false comes before true.
 func latter(a, b bool) int {
 	switch {
 	case a == b:
@@ -378,9 +377,9 @@ func (c *Client) unsettledSince(s *session) time.Duration {
 	return c.now()
 }
 
-// lost ends the locks that the answer to a renewal says were lost under the
-// live lease. It reports whether there were others that the answer does not
-// name. The caller must hold c.mu.
+// lost ends the locks that, by the answer to a renewal, were lost while their lease
+// lives on. It reports whether more were lost than the answer names. The caller must
+// hold c.mu.
 func (c *Client) lost(s *session, r *pb.KeepAliveResponse_Result) bool {
 	for _, l := range r.GetLost() {
 		if l.GetToken() != 0 {
@@ -392,8 +391,8 @@ func (c *Client) lost(s *session, r *pb.KeepAliveResponse_Result) bool {
 	return fresh > uint64(len(r.GetLost()))
 }
 
-// follow asks of a lock whose lease somebody else keeps alive: how long the
-// lease lives, and whether the lock is held.
+// follow asks about a lock whose lease somebody else keeps alive: how much longer
+// the lease lives, and whether the lock is still held.
 func (c *Client) follow(s *session) {
 	c.mu.Lock()
 	locks := slices.Clone(s.locks)
@@ -427,8 +426,8 @@ func (c *Client) follow(s *session) {
 	}
 }
 
-// checkHolds asks of each lock under a lease whether it is held still: more have
-// been lost at once than the server names.
+// checkHolds asks for each lock under a lease whether it is still held. It is for
+// when more were lost at once than the server names.
 func (c *Client) checkHolds(s *session) {
 	c.mu.Lock()
 	locks := slices.Clone(s.locks)

@@ -13,9 +13,9 @@ import (
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
 
-// unsettled is what the server has still to be told of: a request that is
-// unwanted, or a release that was not answered. Nothing of it is held. It is
-// sent again, over whatever connection there is, until it is answered or cannot
+// unsettled is what the server must still be told: to give up a request that is
+// unwanted, or a release that was not answered. The client counts on none of it. It
+// is sent again, over whatever connection there is, until it is answered or cannot
 // matter any more.
 type unsettled struct {
 	op      *pb.Operation
@@ -118,7 +118,7 @@ func (c *Client) settle() {
 	}
 }
 
-// tellers bounds how many operations are sent before their answers are back.
+// tellers bounds how many operations may be on their way at once.
 const tellers = 64
 
 // tell makes one attempt of each, and returns those that are answered.
@@ -157,7 +157,7 @@ func (c *Client) tellOne(op *pb.Operation) bool {
 	}
 	c.waiting.Add(1)
 	defer c.waiting.Add(-1)
-	_, err = c.ask(c.ctx, conn, again(op), patience{within: c.attemptFor()})
+	_, err = c.ask(c.ctx, conn, again(op), patience{within: c.attemptTimeout()})
 	if err == nil {
 		return true
 	}
@@ -183,7 +183,7 @@ func definite(e *Error) bool {
 	return true
 }
 
-// unwanted ends a request of which nobody is to hold anything.
+// unwanted gives up a request: nothing that it was or will be granted is to be held.
 func (c *Client) unwanted(a *acquisition) {
 	r := a.req
 	if r.GetRequestId() == 0 || !a.known {
@@ -290,8 +290,8 @@ func (c *Client) tellUntil(ctx context.Context, op *pb.Operation) error {
 	})
 }
 
-// isTransport reports whether an error is not of the server: a proxy, or the
-// loss of a connection, ended the attempt.
+// isTransport reports whether an error came from the way to the server, not from the
+// server: a proxy or the loss of a connection ended the attempt.
 func isTransport(e *Error) bool {
 	if e.Reason != "" {
 		return false

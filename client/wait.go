@@ -42,7 +42,7 @@ func (c *Client) renewWait(a *acquisition) *wait {
 	return w
 }
 
-// of tells which request the next attempt is of; it has another id once the
+// of sets which request the next attempt belongs to: it gets another id once the
 // first has ended.
 func (w *wait) of(r *pb.AcquireRequest) {
 	w.client.mu.Lock()
@@ -61,7 +61,7 @@ func (c *Client) endWait(w *wait) {
 	}
 }
 
-// drain takes a word out that is of an attempt which is over.
+// drain takes out a word that was meant for an attempt which is over.
 func (w *wait) drain() {
 	select {
 	case <-w.again:
@@ -78,10 +78,9 @@ func (c *Client) renewedWait(w *wait, request uint64, r *pb.KeepAliveResponse_Re
 		return
 	}
 	if r == nil {
-		// A server that is far away needs longer. What it did not tell in time
-		// it has done all the same: it would keep for ever a grant that this
-		// client does not hear of.
-		if w.next = now + min(w.ttl/20, 500*time.Millisecond); w.pace() < 3*attemptFor {
+		// A server that is far away needs longer. It has renewed all the same,
+		// and would for ever keep a grant that this client never hears of.
+		if w.next = now + min(w.ttl/20, 500*time.Millisecond); w.pace() < 3*maxAttempt {
 			w.slack++
 		}
 		return
@@ -94,10 +93,10 @@ func (c *Client) renewedWait(w *wait, request uint64, r *pb.KeepAliveResponse_Re
 		w.repeats = 0
 		return
 	}
-	// Granted, ended, not arrived, or waiting where no call is: the answer to
-	// another attempt says, unless that to the one under way is on its way. It
-	// is given twice as long each time, or it would never come where a way there
-	// and back takes longer than a renewal does.
+	// The request was granted, has ended, has not arrived, or waits without a call:
+	// another attempt tells, unless the answer to this one is on its way. That gets
+	// twice as long each time, or it would never arrive where the way there and back
+	// takes longer than a renewal.
 	if w.sent < w.asked || now < w.asked+min(20*time.Millisecond, w.ttl/8)<<w.repeats {
 		return
 	}
@@ -110,6 +109,5 @@ func (c *Client) renewedWait(w *wait, request uint64, r *pb.KeepAliveResponse_Re
 	}
 }
 
-// pace is how long the answers to renewals may take, three times over: it
-// takes the place of the TTL.
+// pace stands for the TTL of a wait: an answer to a renewal may take a third of it.
 func (w *wait) pace() time.Duration { return w.ttl << w.slack }

@@ -36,13 +36,13 @@ func TestAnAnswerFromFarAwayIsWaitedForLonger(t *testing.T) {
 	for range 20 {
 		c.renewedWait(w, 7, nil)
 	}
-	if got := patience(); got != attemptFor {
+	if got := patience(); got != maxAttempt {
 		t.Errorf("at most %v", got)
 	}
 	w.sent = *now
 	*now += time.Second
 	c.renewedWait(w, 7, &pb.KeepAliveResponse_Request{})
-	if got := patience(); got != attemptFor {
+	if got := patience(); got != maxAttempt {
 		t.Errorf("after a late answer %v", got)
 	}
 	w.sent = *now

@@ -121,7 +121,7 @@ type rest struct {
 	in      *machine.View
 	lease   ID
 	request RequestID       // whose wait was in vain, to be explained; 0 for the lease, which may have many holds
-	left    []time.Duration // of leases, for who lists them
+	left    []time.Duration // of leases, for the answer that lists them
 }
 
 // complete adds what is to be added off the loop.

@@ -53,7 +53,7 @@ const (
 	timerPause
 )
 
-// armed is false of no timer, too.
+// armed reports whether t waits in the wheel; a nil timer does not.
 func (t *timer) armed() bool { return t != nil && t.next != nil }
 
 // wheel is a hierarchical timer wheel (Varghese and Lauck, SOSP 1987): arming

@@ -222,7 +222,7 @@ func (l *lock) setLast(last fence.Token) {
 	}
 }
 
-// mode is that of the holders, of whom there is one at least.
+// mode is the mode that the holders share; there must be at least one.
 func (l *lock) mode() Mode {
 	if l.sole != nil {
 		return l.sole.mode
