@@ -63,8 +63,8 @@ type confirmed struct {
 
 func (c *confirmed) take(l *loop) {
 	q := &l.rounds
-	// Of a round that a change of leadership cut short nobody waits: it must
-	// not vouch for those who arrived after it began.
+	// Nobody waits for a round that a change of leadership has cut short, and it
+	// must not vouch for those who arrived after it began.
 	if !q.confirming || c.round != q.number || l.failed != nil {
 		return
 	}

@@ -103,7 +103,7 @@ func (l *loop) endDelay(id uint64) {
 	}
 }
 
-// expires reports whether leases are to be ended now.
+// expires reports whether there are leases to end now.
 func (l *loop) expires() bool { return len(l.due) > 0 && !l.pause.armed() }
 
 // expiries makes the command that ends the leases whose time has come, and has
@@ -136,8 +136,9 @@ func (l *loop) expiries() *call {
 	return &call{cmd: &machine.ExpireLeases{Leases: list, Term: l.term}}
 }
 
-// unexpired takes back leases whose end the log has not committed, to be
-// looked at again. When it certainly will not, they may be renewed meanwhile.
+// unexpired takes back leases whose end the log has not committed: they will be
+// looked at again. If it is certain that the log never will, they may be renewed
+// until then.
 func (l *loop) unexpired(list []ID, certain bool) {
 	for _, id := range list {
 		if t := l.leases[id]; t != nil && certain {

@@ -47,8 +47,8 @@ func (t *timer) shorten(left, now time.Duration) {
 	}
 }
 
-// unmarked reports that no lease is marked, nor will be by what is in the log:
-// while everybody renews in time, which costs them nothing then.
+// unmarked reports that no lease is marked, nor will be by what is in the log. It is
+// so while everybody renews in time, and renewals then need not look for marks.
 func (l *loop) unmarked() bool { return l.marksOut == 0 && l.counts.Marks == 0 }
 
 // marking is the part of the loop that marks.
@@ -109,7 +109,7 @@ func (l *loop) marks() *call {
 	return &call{cmd: cmd}
 }
 
-// marksNow reports whether a timer is still one to mark.
+// marksNow reports whether what a timer has left must still be marked.
 func (l *loop) marksNow(t *timer, now time.Duration) bool {
 	switch t.kind {
 	case timerLease:
@@ -158,7 +158,7 @@ func (l *loop) handOver(leaving chan<- struct{}) {
 	}
 }
 
-// left tells who waits to hand over that what was to be marked is.
+// left tells whoever waits to hand the leadership over that all marks are in the log.
 func (l *loop) left() {
 	if l.leaving != nil && len(l.fading) == 0 && l.marksOut == 0 {
 		close(l.leaving)

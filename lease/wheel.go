@@ -116,9 +116,9 @@ func (w *wheel) disarm(t *timer) {
 	w.count[t.level]--
 }
 
-// advance moves the wheel to now and calls fire for timers that are due, in a
-// slot in no order; one whose deadline is not reached is armed anew. It looks
-// at limit timers at most, and goes on with the others the next time.
+// advance moves the wheel to now and calls fire for the timers whose time has come;
+// those of one slot in no order. A timer whose deadline has been moved is armed
+// anew. It looks at limit timers at most, and goes on with the others next time.
 func (w *wheel) advance(now time.Duration, limit int, fire func(*timer)) {
 	target := uint64(now / tick)
 	for ; limit > 0; limit-- {
