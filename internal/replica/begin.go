@@ -18,7 +18,7 @@ import (
 // Introductions: what nodes ask each other before they are members of anything,
 // or are not certain that they still are. A stranger is told nothing.
 
-// introduced answers an introduction; nil is with nothing.
+// introduced answers an introduction; nil means that it gets no answer.
 func (p *peers) introduced(h hello, conn net.Conn) *reply {
 	r := p.r
 	c := r.configuration()
@@ -117,10 +117,10 @@ const betweenIntroductions = 100 * time.Millisecond
 
 // found begins a new cluster, with the nodes of cfg.InitialCluster. The one with
 // the smallest name writes the first entry of the log, once all of them have
-// answered with the same list and without a history: of a majority one could be
-// a member that has lost its disk, and an empty cluster be formed beside one
-// that has granted locks. The others are given that entry. It ends once this
-// node has it, or with the node.
+// answered with the same list and without a history. A majority would not be enough:
+// one of them could be a member that has lost its disk, and an empty cluster would
+// be formed beside one that has granted locks. The others are given that entry. It
+// ends once this node has it, or with the node.
 func (r *Replica) found() {
 	defer r.group.Done()
 	list := r.cfg.InitialCluster
@@ -156,8 +156,8 @@ func (r *Replica) found() {
 	}
 }
 
-// campaign has this node stand for election now: nobody leads, and raft would wait
-// for a timeout first. Should it not be heard, that comes to the same.
+// campaign has this node stand for election now: nobody leads, and raft would wait for
+// a timeout first. If nobody hears it, raft's timeout comes as it would have.
 func (p *peers) campaign() {
 	header := raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(p.r.self), Addr: []byte(p.r.cfg.PeerAddress)}
 	if err := p.reach.TimeoutNow(p.r.self, raft.ServerAddress(p.r.cfg.PeerAddress), &raft.TimeoutNowRequest{RPCHeader: header}, &raft.TimeoutNowResponse{}); err != nil {
@@ -221,10 +221,10 @@ func (r *Replica) askAll(names []string, h hello) []introduction {
 	return answers
 }
 
-// confirmAddress makes certain, before raft starts, that a member whose peer
-// address is not the one that its log knows is meant to be where it is, and no
-// copy of the member's directory: only a leader can say so, once. It fails when
-// that says no, or cannot be asked within a while.
+// confirmAddress is for a member whose peer address is not the one in its log. Before
+// raft starts it makes certain that the member was meant to move, and that this is no
+// copy of its directory: only the leader can say so. It fails when the leader says
+// no, or cannot be asked within a while.
 func (r *Replica) confirmAddress() error {
 	c := r.configuration()
 	us, member := r.server(r.self)
@@ -263,9 +263,9 @@ func (r *Replica) confirmed() string {
 // confirmAddressWithin bounds the wait for a leader.
 const confirmAddressWithin = 10 * time.Second
 
-// ForeignPeers asks the other members of cfg.InitialCluster whether they are
-// of this node's cluster, before anything is served. It fails when those that
-// answer all are of another.
+// ForeignPeers asks the other members of cfg.InitialCluster whether they belong to
+// this node's cluster, before anything is served. It fails when all that answer
+// belong to another.
 func (r *Replica) ForeignPeers() error {
 	if r.peers == nil || r.ClusterID() == "" {
 		return nil

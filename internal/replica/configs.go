@@ -98,7 +98,7 @@ func (s *watchedSink) Write(p []byte) (int, error) {
 
 func (s *watchedSink) Close() error { return s.tell(s.SnapshotSink.Close()) }
 
-// tell tells of the first error, and returns the one that it is given.
+// tell reports err if it is the first, and returns it.
 func (s *watchedSink) tell(err error) error {
 	if err != nil && s.err == nil {
 		s.err = err

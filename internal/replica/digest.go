@@ -25,8 +25,8 @@ import (
 // In the digest are the entries and what they did, as numbers: never a text or
 // an encoding of this build's, or the next build would differ from it.
 
-// chain is the digest of the entries of a log from one of them on, the one with
-// which every member knew how. It is kept in snapshots.
+// chain is the digest of the entries of a log, from the entry on with which every
+// member knew how to make it. It is kept in snapshots.
 type chain struct {
 	Begun uint64 `json:"begun"` // that entry's index: only chains with one beginning compare
 	Index uint64 `json:"index"` // of the last entry in it
@@ -261,8 +261,8 @@ func (r *Replica) compareOnce() *DivergedError {
 	return e
 }
 
-// differs returns the members whose state is not this node's, by what they have
-// answered or, when they have not, said before.
+// differs returns the members whose state is not this node's, by their answers or,
+// where there is none, by what they said before.
 func (r *Replica) differs(begun uint64, members []raft.Server, answers map[raft.ServerID]sum) map[raft.ServerID]sum {
 	list := make(map[raft.ServerID]sum)
 	for _, s := range members {
@@ -277,9 +277,9 @@ func (r *Replica) differs(begun uint64, members []raft.Server, answers map[raft.
 	return list
 }
 
-// digests asks members for their digests after this node's last entry. Whoever
-// has not come there yet answers with its own last, unless exact says to ask
-// again until it has. Who does not answer in time is left out.
+// digests asks members for their digests after this node's last entry. A member that
+// has not got that far answers with that of its own last entry; with exact it is
+// asked again until it has. Members that do not answer in time are left out.
 func (r *Replica) digests(members []raft.Server, begun uint64, last sum, within time.Duration, exact bool) map[raft.ServerID]sum {
 	ctx, cancel := context.WithTimeout(r.peers.ctx, within)
 	defer cancel()

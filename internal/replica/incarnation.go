@@ -100,7 +100,7 @@ func addresses(members map[string]string) string {
 	return strings.Join(list, ",")
 }
 
-// start is one start of a member: the how manieth, and a number of its own.
+// start is one start of a member: its number in order, and a random number.
 type start struct {
 	Start uint64 `json:"start"`
 	Nonce string `json:"nonce"`
@@ -165,7 +165,8 @@ func (s *starts) see(id raft.ServerID, now start) error {
 	return nil
 }
 
-// CopyError says that a newer start of this node is known than this one.
+// CopyError says that members know of a later start of this node: this process runs on
+// a copy of its directory, or on a disk that was set back.
 type CopyError struct {
 	NodeID     string
 	This, Last uint64

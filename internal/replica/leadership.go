@@ -78,9 +78,9 @@ func (r *Replica) handingOver() chan<- struct{} {
 	return r.leaving
 }
 
-// prepareHandOver lets the manager write down what is left of leases, or the
-// next leader would give them all of it again. It waits for that, but not long:
-// it may be left out.
+// prepareHandOver lets the manager write down how much time leases have left; the next
+// leader would give them their full TTL again. It waits for that, but not long: the
+// hand-over goes on without it.
 func (r *Replica) prepareHandOver() {
 	ready := make(chan struct{})
 	r.setLeaving(ready)
@@ -143,8 +143,8 @@ func (r *Replica) setServing(serving bool) {
 	})
 }
 
-// settleIn does what a new leader finds undone: a new cluster has no id yet,
-// and a node that was alone gave no peer address.
+// settleIn does what a new leader may find undone: give a new cluster its id, and
+// record the peer address of a node that was alone before.
 func (r *Replica) settleIn(term uint64) {
 	defer r.group.Done()
 	if r.ClusterID() == "" {
@@ -312,7 +312,8 @@ func (r *Replica) configured(index uint64, c raft.Configuration) {
 			return
 		}
 	}
-	// One from before this node was added, or it has been removed.
+	// Either the configuration is from before this node was added, or this node has
+	// been removed.
 	select {
 	case r.suspects <- struct{}{}:
 	default:

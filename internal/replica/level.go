@@ -49,8 +49,8 @@ func (r *Replica) raiseLevel(term uint64) {
 	}
 }
 
-// tryRaise excludes changes of the membership: nobody who does not know the
-// level may come in between the answers and the note.
+// tryRaise lets no change of the membership begin meanwhile: a node that does not know
+// the level must not come in between the answers and the note.
 func (r *Replica) tryRaise() error {
 	r.members.Lock()
 	defer r.members.Unlock()

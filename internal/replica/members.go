@@ -60,7 +60,8 @@ func (r *Replica) Members() (list []lease.Member, leader string, term uint64) {
 	return list, nameOf(known.id), r.raft.CurrentTerm()
 }
 
-// refused is a change of the membership that is turned down; id "" is of none.
+// refused makes the error of a change of the membership that is turned down; id is ""
+// when it is about no member.
 func refused(id, msg string) error { return &lease.MemberError{ID: id, Msg: msg} }
 
 // AddMember makes a node a learner, or records that a member has moved to
@@ -176,10 +177,10 @@ func (r *Replica) quorumOf(next []raft.Server, id string) error {
 		len(live), len(next), strings.Join(silent, ", ")))
 }
 
-// live asks servers how they are, and returns the last index of the log that
-// each has, of those that answer in this node's term and have caught up. Only
-// the leader knows what that is. It asks again for a while until those are
-// enough: just after an election some have not heard of the term.
+// live asks servers how they are. For each that answers in this node's term and has
+// caught up (which only the leader can tell) it returns the last index of that one's
+// log. Until there are enough of them it asks again for a while: just after an
+// election some have not heard of the term.
 func (r *Replica) live(servers []raft.Server, enough func(map[raft.ServerID]uint64) bool) map[raft.ServerID]uint64 {
 	for until := time.Now().Add(askLiveWithin); ; {
 		live := r.liveNow(servers)
@@ -221,14 +222,14 @@ func (r *Replica) liveNow(servers []raft.Server) map[raft.ServerID]uint64 {
 	return live
 }
 
-// A member that is no further behind has caught up: it keeps up while there is
-// load, with some batches of up to 4 MiB on their way.
+// A member that is no further behind than this has caught up: under load some batches
+// of up to 4 MiB are always on their way.
 const (
 	caughtUp      = 1000 // entries
 	caughtUpBytes = 8 << 20
 )
 
-// near is how many entries that is.
+// near is the same as a number of entries.
 func (r *Replica) near() uint64 { return uint64(min(caughtUp, r.disk.sizes.within(caughtUpBytes))) }
 
 // RemoveMember takes a node out of the cluster. A leader that is to remove
@@ -262,7 +263,8 @@ func (r *Replica) RemoveMember(id string) error {
 	})
 }
 
-// TransferLeadership makes another voter lead: id, or whichever is furthest.
+// TransferLeadership makes another voter lead: id, or if that is "" the voter whose log
+// is longest.
 // It returns who leads. Errors: ErrNotLeader, *lease.MemberError.
 func (r *Replica) TransferLeadership(id string) (leader string, err error) {
 	if r.raft.State() != raft.Leader {
@@ -377,7 +379,7 @@ func (r *Replica) server(id raft.ServerID) (raft.Server, bool) {
 	return raft.Server{}, false
 }
 
-// Role is this node's own: voter, learner, or "" while it is no member.
+// Role is this node's role: voter, learner, or "" while it is no member.
 func (r *Replica) Role() string {
 	s, ok := r.server(r.self)
 	switch {

@@ -27,9 +27,9 @@ import (
 	peerpb "github.com/distlock/distlock/proto/distlock/peer/v1"
 )
 
-// peers is the traffic between members: one port, on which each connection
-// says first whose it is and what for. Whoever does not speak so is answered
-// with nothing.
+// peers is the traffic between members: one port, on which each connection begins
+// with a greeting that says who calls and what for. Whoever does not greet gets no
+// answer.
 type peers struct {
 	r        *Replica
 	listener net.Listener
@@ -57,8 +57,8 @@ type outward struct {
 	lane int
 }
 
-// end is a member and where it is reached: both ends of a connection know
-// whom they want.
+// end is a member and the address where it is reached: the caller names the member
+// that it wants, so that nobody else at that address answers for it.
 type end struct {
 	id      raft.ServerID
 	address string
@@ -266,8 +266,8 @@ func (p *peers) greeted(in *visit) {
 	to.Put(conn)
 }
 
-// track has stop close a connection to a member: what is on its way to a silent
-// one would hold up the end of this one for seconds.
+// track makes stop close a connection to a member. Otherwise what is on its way to a
+// member that is silent would hold up this node's end for seconds.
 func (p *peers) track(conn net.Conn) (net.Conn, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -328,7 +328,7 @@ func (p *peers) hear(conn net.Conn) (byte, net.Conn, bool) {
 	return kind, conn, err == nil && (answer == answerWelcome || answer == answerMember)
 }
 
-// judge decides how a greeting is answered; 0 is with nothing.
+// judge decides how a greeting is answered; 0 means not at all.
 func (p *peers) judge(h hello, conn net.Conn) (answer byte, a reply) {
 	r := p.r
 	ours := r.ClusterID()
@@ -391,11 +391,11 @@ func (p *peers) first(what string) bool {
 	return true
 }
 
-// mistaken ends a node that has just begun a history alone, or waits to begin
-// one, when a member of another cluster looks for it: it is a member that has
-// lost its directory, and clients would be granted locks that the cluster has
-// granted to others. One that was there before this start, or that an operator
-// made with a word like recover, does not stop for others' lists.
+// mistaken is called when a member of another cluster looks for this node. If this node
+// has just begun a history alone, or waits to begin one, it is a member of that
+// cluster that has lost its directory, and it stops: it would grant locks that the
+// cluster has granted to others. A history that was there before this start, or that
+// an operator made with a word like recover, is kept.
 func (p *peers) mistaken(h hello, conn net.Conn) {
 	r := p.r
 	servers := len(r.configuration().servers.Servers)
@@ -658,9 +658,9 @@ func (s streams) Dial(target raft.ServerAddress, timeout time.Duration) (net.Con
 	return s.p.track(conn)
 }
 
-// target is an address as raft's transport gets it from ours: with the id of
-// whom it is to reach, which raft's StreamLayer is not told, so that its pools
-// are by id as well.
+// target is the address that we give to raft's transport: it has the member's id in it,
+// which raft does not tell its StreamLayer. So its pools of connections are by id as
+// well.
 func target(id raft.ServerID, address raft.ServerAddress) raft.ServerAddress {
 	return raft.ServerAddress(string(id) + "\n" + string(address))
 }
@@ -715,8 +715,8 @@ func (t *transport) AppendEntries(id raft.ServerID, address raft.ServerAddress, 
 // slow link it would take longer than raft waits for its answer, every time.
 const appendBytes = 256 << 10
 
-// shorten leaves out of a message what is beyond appendBytes. Raft goes on behind
-// the last entry that is in it.
+// shorten leaves out of a message the entries beyond appendBytes. Raft sends the next
+// message from the last entry that was in it.
 func shorten(args *raft.AppendEntriesRequest) {
 	bytes := 0
 	for i, l := range args.Entries {
@@ -727,8 +727,8 @@ func shorten(args *raft.AppendEntriesRequest) {
 	}
 }
 
-// heartbeat tells raft's heartbeats from what it replicates, which says where
-// in the log it belongs.
+// heartbeat tells raft's heartbeats from messages that replicate: those say where in
+// the log their entries belong.
 func heartbeat(args *raft.AppendEntriesRequest) bool {
 	return len(args.Entries) == 0 && args.PrevLogEntry == 0 && args.LeaderCommitIndex == 0
 }
