@@ -7,6 +7,7 @@ import (
 	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -327,4 +328,139 @@ func FuzzResponse(f *testing.F) {
 			t.Fatalf("%v became %v: %v", msg, again, err)
 		}
 	})
+}
+
+// TestEveryFieldIsCarried: a field that is added to a message that is encoded by hand
+// must be encoded, decoded and forgotten here too.
+func TestEveryFieldIsCarried(t *testing.T) {
+	carried := 0
+	for _, op := range []*pb.Operation{
+		{Id: 1, Call: &pb.Operation_Acquire{Acquire: &pb.AcquireRequest{Names: []string{"a"}}}},
+		{Id: 1, Call: &pb.Operation_Release{Release: &pb.ReleaseRequest{Token: 7}}},
+	} {
+		each(op.ProtoReflect(), func(field string) {
+			carried++
+			data, err := AppendOperation(nil, op)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got pb.MultiplexRequest
+			if err := proto.Unmarshal(data, &got); err != nil || len(got.Operations) != 1 || !proto.Equal(got.Operations[0], op) {
+				t.Errorf("%s is lost by AppendOperation: %v", field, &got)
+			}
+			var ops Operations
+			if _, err := ops.Reset(data); err != nil {
+				t.Fatal(err)
+			}
+			if err := ops.Each(func(o *pb.Operation) error {
+				if !proto.Equal(o, op) {
+					t.Errorf("%s is lost by Operations: %v", field, o)
+				}
+				return nil
+			}); err != nil {
+				t.Fatal(err)
+			}
+			// What has been decoded before must leave nothing behind.
+			plain := &pb.Operation{Id: 2, Call: &pb.Operation_Acquire{Acquire: &pb.AcquireRequest{Names: []string{"b"}}}}
+			if op.GetRelease() != nil {
+				plain.Call = &pb.Operation_Release{Release: &pb.ReleaseRequest{Token: 1}}
+			}
+			if data, err = AppendOperation(nil, plain); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := ops.Reset(data); err != nil {
+				t.Fatal(err)
+			}
+			ops.Each(func(o *pb.Operation) error {
+				if !proto.Equal(o, plain) {
+					t.Errorf("%s is left over in Operations: %v", field, o)
+				}
+				return nil
+			})
+		})
+	}
+	for _, a := range []*pb.Answer{
+		{Id: 1, Result: &pb.Answer_Acquire{Acquire: &pb.AcquireResponse{Grant: &pb.Grant{Token: 1, Locks: []*pb.GrantedLock{{Name: "a"}}}}}},
+		{Id: 1, Result: &pb.Answer_Release{Release: &pb.ReleaseResponse{}}},
+	} {
+		each(a.ProtoReflect(), func(field string) {
+			carried++
+			data, err := AppendAnswer(nil, a)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var whole, ours pb.MultiplexResponse
+			if err := proto.Unmarshal(data, &whole); err != nil || len(whole.Answers) != 1 || !proto.Equal(whole.Answers[0], a) {
+				t.Errorf("%s is lost by AppendAnswer: %v", field, &whole)
+			}
+			if err := unmarshalResponse(data, &ours); err != nil || !proto.Equal(&ours, &whole) {
+				t.Errorf("%s is lost by the client's codec: %v", field, &ours)
+			}
+		})
+	}
+	if carried < 25 {
+		t.Errorf("only %d fields were tried", carried)
+	}
+}
+
+// each sets every field below a message to something, one at a time, but for those
+// of a oneof, which choose among messages.
+func each(m protoreflect.Message, try func(field string)) {
+	fields := m.Descriptor().Fields()
+	for i := range fields.Len() {
+		f := fields.Get(i)
+		switch {
+		case f.ContainingOneof() != nil && !f.HasOptionalKeyword():
+			if m.Has(f) {
+				each(m.Mutable(f).Message(), try)
+			}
+			continue
+		case f.IsList() && f.Kind() == protoreflect.MessageKind && m.Has(f):
+			each(m.Mutable(f).List().Get(0).Message(), try)
+			continue
+		case f.Kind() == protoreflect.MessageKind && !f.IsList() && !f.IsMap() && m.Has(f):
+			each(m.Mutable(f).Message(), try)
+			continue
+		}
+		before := m.Has(f)
+		was := m.Get(f)
+		switch {
+		case f.IsMap():
+			m.Mutable(f).Map().Set(protoreflect.ValueOfString("key").MapKey(), protoreflect.ValueOfString("value"))
+		case f.IsList() && f.Kind() == protoreflect.StringKind:
+			m.Mutable(f).List().Append(protoreflect.ValueOfString("more"))
+			try(string(f.FullName()))
+			continue
+		case f.IsList():
+			m.Mutable(f).List().AppendMutable()
+		case f.Kind() == protoreflect.MessageKind:
+			sub := m.Mutable(f).Message() // a Duration or a Timestamp, for one
+			sub.Set(sub.Descriptor().Fields().Get(0), sub.NewField(sub.Descriptor().Fields().Get(0)))
+			if sub.Descriptor().Fields().Get(0).Kind() == protoreflect.Int64Kind {
+				sub.Set(sub.Descriptor().Fields().Get(0), protoreflect.ValueOfInt64(5))
+			}
+		case f.Kind() == protoreflect.StringKind:
+			m.Set(f, protoreflect.ValueOfString("text"))
+		case f.Kind() == protoreflect.BoolKind:
+			m.Set(f, protoreflect.ValueOfBool(true))
+		case f.Kind() == protoreflect.EnumKind:
+			m.Set(f, protoreflect.ValueOfEnum(1))
+		case f.Kind() == protoreflect.Uint64Kind:
+			m.Set(f, protoreflect.ValueOfUint64(9))
+		case f.Kind() == protoreflect.Uint32Kind:
+			m.Set(f, protoreflect.ValueOfUint32(9))
+		case f.Kind() == protoreflect.Int64Kind:
+			m.Set(f, protoreflect.ValueOfInt64(9))
+		case f.Kind() == protoreflect.Int32Kind:
+			m.Set(f, protoreflect.ValueOfInt32(9))
+		default:
+			panic("a kind of field that this test does not know: " + f.Kind().String())
+		}
+		try(string(f.FullName()))
+		if before && !f.IsList() && !f.IsMap() {
+			m.Set(f, was)
+		} else {
+			m.Clear(f)
+		}
+	}
 }
