@@ -470,6 +470,7 @@ func TestFailedWriteStopsTheLog(t *testing.T) {
 		return store
 	}})
 	acquire(t, r, 0)
+	raised(t, r, machine.NewestLevel) // nothing else is on its way
 	store.full.Store(true)
 	_, err := propose(r, &machine.Declare{Name: "d"})
 	if !errors.Is(err, lease.ErrOutcomeUnknown) {
