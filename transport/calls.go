@@ -17,9 +17,9 @@ import (
 )
 
 // calls bounds the calls under way on all connections of clients, from their headers
-// on: whoever begins a call need not go on with it. One too many is refused before
-// it is worked on. It is not gRPC that refuses it, when its headers come: the timer
-// of its deadline would be left, for as long as the client has said.
+// on: whoever begins a call need not go on with it. One too many is refused before it
+// is worked on, by its handler. gRPC's tap could refuse it when its headers come, but
+// would leave the timer of its deadline, for as long as the client has said.
 type calls struct {
 	most    int64
 	under   atomic.Int64
@@ -58,7 +58,7 @@ var brief = map[string]bool{
 type begun struct {
 	refused *lease.ExhaustedError
 	asked   atomic.Bool // or over
-	cost    int64       // see markedAddr.pause
+	cost    int64       // see conn.pause
 	at      time.Time
 }
 
@@ -66,44 +66,44 @@ type begunKey struct{}
 
 // tap is called on a connection's reading goroutine, which must not wait.
 func (c *calls) tap(ctx context.Context, info *tap.Info) (context.Context, error) {
-	a := addrOf(ctx)
-	if a == nil || a.peer { // which bounds what it forwards
+	conn := connOf(ctx)
+	if conn == nil || conn.peer { // which bounds what it forwards
 		return ctx, nil
 	}
-	a.begun++
+	conn.begun++
 	call := &begun{at: time.Now()} // of the process
-	silent := a.silent.Add(1)
+	silent := conn.silent.Add(1)
 	bytes := sizeOfHeaders(info.Header)
 	call.cost = 1 + bytes>>10
-	a.debt.Add(call.cost)
+	conn.debt.Add(call.cost)
 	if bytes <= fewHeaders {
 		bytes = 0
 	}
-	headers := a.headers.Add(bytes)
+	headers := conn.headers.Add(bytes)
 	switch under := c.under.Add(1); {
 	case bytes > 0 && headers > maxHeaders:
 		call.refused = &lease.ExhaustedError{What: "bytes of the headers of calls under way on one connection", Max: maxHeaders}
-		c.cut(a, headers > 2*maxHeaders)
+		c.cut(conn, headers > 2*maxHeaders)
 	case under > c.most && !brief[info.FullMethodName]:
 		call.refused = &lease.ExhaustedError{What: "calls under way", Max: int(c.most)}
-		c.cut(a, silent > maxSilent)
+		c.cut(conn, silent > maxSilent)
 	}
 	context.AfterFunc(ctx, func() {
 		c.under.Add(-1)
-		a.headers.Add(-bytes)
+		conn.headers.Add(-bytes)
 		if call.asked.CompareAndSwap(false, true) {
-			a.silent.Add(-1)
+			conn.silent.Add(-1)
 		}
 	})
 	return context.WithValue(ctx, begunKey{}, call), nil
 }
 
 // cut closes a connection whose client leaves no room for others.
-func (c *calls) cut(a *markedAddr, too bool) {
-	if too && a.cut.CompareAndSwap(false, true) {
-		c.logger.Warn("cutting a connection: its client begins calls and does not go on with them", zap.String("from", a.String()))
+func (c *calls) cut(conn *conn, too bool) {
+	if too && conn.cut.CompareAndSwap(false, true) {
+		c.logger.Warn("cutting a connection: its client begins calls and does not go on with them", zap.String("from", conn.remote.String()))
 		c.refused(ReasonSilentCalls)
-		a.box.cut()
+		conn.box.cut()
 	}
 }
 
@@ -114,8 +114,8 @@ func (c *calls) admit(ctx context.Context) error {
 		return nil
 	}
 	if call.asked.CompareAndSwap(false, true) {
-		addrOf(ctx).silent.Add(-1)
-		addrOf(ctx).debt.Add(-call.cost)
+		connOf(ctx).silent.Add(-1)
+		connOf(ctx).debt.Add(-call.cost)
 	}
 	if call.refused != nil {
 		c.refused(ReasonExhausted)
@@ -140,49 +140,21 @@ func (c *calls) stream(srv any, in grpc.ServerStream, _ *grpc.StreamServerInfo, 
 	return handler(srv, in)
 }
 
-// answered counts a call that has been worked on: whether it was for nothing. Whose
-// client gives up a wait has waited, and whose deadline has passed has said so.
+// answered counts a call that has been worked on, and whether that was for nothing. A
+// wait that its client gives up, and a call whose deadline has passed, were not.
 func answered(ctx context.Context) {
 	call, _ := ctx.Value(begunKey{}).(*begun)
 	switch {
 	case call == nil:
 	case ctx.Err() == nil:
-		addrOf(ctx).answered.Add(1)
+		connOf(ctx).answered.Add(1)
 	case errors.Is(ctx.Err(), context.Canceled) && time.Since(call.at) < atOnce:
-		addrOf(ctx).debt.Add(1)
+		connOf(ctx).debt.Add(1)
 	}
 }
 
-// atOnce is how soon after it began the end of a call makes it work for nothing.
+// atOnce is how soon a call must be cancelled after it began to have been for nothing.
 const atOnce = 50 * time.Millisecond
-
-// Calls that are begun and not gone on with, or ended by their client at once, are
-// work for nothing: a connection may have freeCalls of them and debtPerSecond each
-// second, and creditEach for each that was answered. A kibibyte of headers counts
-// like a call. Who is beyond that is read more slowly, and ten times as slowly far
-// beyond it: what renews may stand behind a pause.
-const (
-	freeCalls     = 256
-	debtPerSecond = 1000
-	creditEach    = 8
-	shortPause    = 50 * time.Millisecond
-	longPause     = 500 * time.Millisecond
-)
-
-// pause is how long a connection is not read for now.
-func (a *markedAddr) pause() time.Duration {
-	debt := a.debt.Load() - freeCalls
-	if debt <= 0 { // of nearly all
-		return 0
-	}
-	debt -= creditEach * a.answered.Load()
-	earned := time.Duration(debt) * time.Second / debtPerSecond
-	due := earned - time.Since(a.since) // of the process
-	if due > 10*time.Second {
-		return longPause
-	}
-	return min(due, shortPause)
-}
 
 func sizeOfHeaders(list metadata.MD) (bytes int64) {
 	for key, values := range list {

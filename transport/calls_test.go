@@ -132,7 +132,7 @@ func TestHeadersAreBounded(t *testing.T) {
 // TestWhoEndsCallsIsReadMoreSlowly: who has more work done for nothing than is free
 // waits for as long as that takes to be earned, or has it answered.
 func TestWhoEndsCallsIsReadMoreSlowly(t *testing.T) {
-	a := &markedAddr{since: time.Now()}
+	a := &conn{since: time.Now()}
 	a.debt.Store(freeCalls)
 	if d := a.pause(); d > 0 {
 		t.Errorf("%v within the bound", d)
@@ -159,12 +159,12 @@ func TestWhoEndsCallsIsReadMoreSlowly(t *testing.T) {
 // TestWorkForNothingIsCounted: of calls that are reset before they are answered, and
 // of those that are answered.
 func TestWorkForNothingIsCounted(t *testing.T) {
-	var conn atomic.Pointer[markedAddr]
+	var seen atomic.Pointer[conn]
 	r := serveWith(t, Config{Manager: &manager{keep: func([]lease.ID) ([]lease.KeepAlive, error) { return nil, nil }}},
-		func(s *Server) { s.seen = func(a *markedAddr) { conn.Store(a) } })
+		func(s *Server) { s.seen = func(c *conn) { seen.Store(c) } })
 	c := http2test.Dial(t, r.address)
-	soonTrue(t, "it is accepted", func() bool { return conn.Load() != nil })
-	a := conn.Load()
+	soonTrue(t, "it is accepted", func() bool { return seen.Load() != nil })
+	a := seen.Load()
 	for range 10 {
 		c.Ended(c.Call(pb.LeaseService_KeepAlive_FullMethodName, &pb.KeepAliveRequest{LeaseIds: []uint64{1}}))
 	}
@@ -188,8 +188,8 @@ func TestWorkForNothingIsCounted(t *testing.T) {
 		"a wait that is given up": {ended(context.Canceled), time.Now().Add(-time.Minute), 0},
 		"past its deadline":       {ended(context.DeadlineExceeded), time.Now(), 0},
 	} {
-		a := &markedAddr{}
-		answered(context.WithValue(peer.NewContext(of.ctx, &peer.Peer{Addr: a}), begunKey{}, &begun{at: of.at}))
+		a := &conn{}
+		answered(context.WithValue(peer.NewContext(of.ctx, &peer.Peer{Addr: connAddr{of: a}}), begunKey{}, &begun{at: of.at}))
 		if a.debt.Load() != of.debt || a.answered.Load() != 0 {
 			t.Errorf("%s: a debt of %d, %d answered", what, a.debt.Load(), a.answered.Load())
 		}

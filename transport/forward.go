@@ -69,7 +69,7 @@ const betweenTries = 15 * time.Millisecond
 // unary tries the call here, which is all where this node leads, and follows
 // the leader while the answer is that another leads.
 func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (_ any, err error) {
-	if a := addrOf(ctx); f.cluster == nil || a != nil && a.peer {
+	if a := connOf(ctx); f.cluster == nil || a != nil && a.peer {
 		return handler(ctx, req)
 	}
 	work := f.work
@@ -348,7 +348,7 @@ func (f *forwarder) send(ctx, led context.Context, conn grpc.ClientConnInterface
 	case errors.Is(cause, lease.ErrStopping):
 		return nil, lease.ErrStopping
 	case errors.Is(cause, context.Canceled):
-		if a := addrOf(ctx); number != "" && (a == nil || !a.closed.Load()) {
+		if a := connOf(ctx); number != "" && (a == nil || !a.closed.Load()) {
 			f.abandon(conn, acquire, number)
 		}
 		return nil, ctx.Err()
@@ -374,7 +374,7 @@ func numbered(ctx context.Context, number string) context.Context {
 
 // calledBy is the number that a member gave a call; 0 for none.
 func calledBy(ctx context.Context) uint64 {
-	if a := addrOf(ctx); a == nil || !a.peer {
+	if a := connOf(ctx); a == nil || !a.peer {
 		return 0
 	}
 	for _, v := range metadata.ValueFromIncomingContext(ctx, callKey) {

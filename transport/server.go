@@ -8,10 +8,8 @@ import (
 	"errors"
 	"io"
 	"net"
-	"runtime"
 	"runtime/debug"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -21,7 +19,6 @@ import (
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
-	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
 
@@ -110,12 +107,6 @@ type Config struct {
 	MaxCalls int
 }
 
-const (
-	readBuffer = 8 << 10
-	manyCalls  = 32 // begun by one read
-	littleRead = 512
-)
-
 // Server is the gRPC server with all services.
 type Server struct {
 	grpc     *grpc.Server
@@ -125,8 +116,8 @@ type Server struct {
 	refusing *refusing // answers those for which there is no room
 	unread   *unread
 	keeping  sync.Once
-	seen     func(*markedAddr) // of tests: each connection
-	stopping context.Context   // ends when Stop begins
+	seen     func(*conn)     // of tests: each connection
+	stopping context.Context // ends when Stop begins
 	stop     context.CancelFunc
 }
 
@@ -216,14 +207,14 @@ func (s *Server) Serve(l net.Listener) error {
 			<-refused
 		}()
 	}
-	return s.grpc.Serve(markedListener{l, false, s})
+	return s.grpc.Serve(listener{l, false, s})
 }
 
 // ServePeers does the same for connections on which other members forward
 // calls of their clients.
 func (s *Server) ServePeers(l net.Listener) error {
 	s.keeping.Do(s.unread.begin)
-	return s.grpc.Serve(markedListener{l, true, s})
+	return s.grpc.Serve(listener{l, true, s})
 }
 
 // Stop ends the streams, which have no end of their own, lets calls under way
@@ -393,106 +384,4 @@ func detachable(ctx context.Context) (context.Context, context.CancelFunc) {
 	out, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, func() { cancel(endOf(ctx)) })
 	return out, func() { stop(); cancel(nil) }
-}
-
-// addrOf is the address of a call's client, nil outside of Serve.
-func addrOf(ctx context.Context) *markedAddr {
-	if p, ok := peer.FromContext(ctx); ok {
-		if a, ok := p.Addr.(*markedAddr); ok {
-			return a
-		}
-	}
-	return nil
-}
-
-// boxOf is what waits for a call's client, nil outside of Serve.
-func boxOf(ctx context.Context) *outbox {
-	if a := addrOf(ctx); a != nil {
-		return a.box
-	}
-	return nil
-}
-
-// endOf is why a call's context, which has ended, did: its own error, or
-// ErrDetached.
-func endOf(ctx context.Context) error {
-	if a := addrOf(ctx); a != nil && (a.peer || a.closed.Load()) {
-		return lease.ErrDetached // a member abandons what its client cancels
-	}
-	return ctx.Err()
-}
-
-// markedListener's connections tell, through their peer's address, whether
-// they have been closed. gRPC closes a lost connection before it cancels the
-// calls on it, and has no other way to tell the two ends of a call apart.
-type markedListener struct {
-	net.Listener
-	peer bool // of another member
-	s    *Server
-}
-
-func (l markedListener) Accept() (net.Conn, error) {
-	conn, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	c := &markedConn{Conn: conn, addr: &markedAddr{Addr: conn.RemoteAddr(), peer: l.peer, since: time.Now()}}
-	c.addr.share = lease.NewShare(maxWaits)
-	c.addr.box = l.s.unread.open(conn.RemoteAddr().String(), func() { conn.Close() })
-	if l.s.seen != nil {
-		l.s.seen(c.addr)
-	}
-	return c, nil
-}
-
-type markedConn struct {
-	net.Conn
-	addr *markedAddr
-}
-
-type markedAddr struct {
-	net.Addr
-	peer    bool
-	closed  atomic.Bool
-	box     *outbox
-	streams atomic.Int64 // of Multiplex, that are open
-	share   *lease.Share // of those
-	headers atomic.Int64 // bytes, of calls under way that have many
-	silent  atomic.Int64 // calls that wait for what is asked
-	cut     atomic.Bool
-
-	since    time.Time
-	answered atomic.Int64 // calls whose clients had not ended them
-	debt     atomic.Int64 // see pause
-
-	// The reading goroutine's own: calls that the last read began.
-	begun int
-}
-
-// RemoteAddr implements net.Conn.
-func (c *markedConn) RemoteAddr() net.Addr { return c.addr }
-
-// Read implements net.Conn. Who sends without a pause lets others have a turn after
-// each buffer, for a goroutine that never waits is stopped only every 10 ms; and who
-// begins many calls at once is read little by little, for each is a goroutine.
-func (c *markedConn) Read(p []byte) (int, error) {
-	most := len(p)
-	if d := c.addr.pause(); d > 0 {
-		time.Sleep(d)
-	} else if c.addr.begun > manyCalls {
-		most = min(most, littleRead)
-	}
-	c.addr.begun = 0
-	n, err := c.Conn.Read(p[:most])
-	if n == most && (n >= readBuffer || most < len(p)) {
-		runtime.Gosched()
-	}
-	return n, err
-}
-
-// Close implements net.Conn.
-func (c *markedConn) Close() error {
-	c.addr.closed.Store(true)
-	c.addr.box.close()
-	return c.Conn.Close()
 }

@@ -45,7 +45,7 @@ type multiplexStream = grpc.BidiStreamingServer[pb.MultiplexRequest, pb.Multiple
 // no operation needs a goroutine of its own.
 func (s *streamService) Multiplex(stream multiplexStream) error {
 	under, share := maxUnderWay, lease.NewShare(maxWaits)
-	if a := addrOf(stream.Context()); a != nil {
+	if a := connOf(stream.Context()); a != nil {
 		under, share = max(maxUnderWay/int(a.streams.Add(1)), leastUnderWay), a.share
 		defer a.streams.Add(-1)
 	}
