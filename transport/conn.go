@@ -104,9 +104,11 @@ const (
 // begins many calls at once is read little by little, for each is a goroutine.
 func (c *conn) Read(p []byte) (int, error) {
 	most := len(p)
-	if d := c.pause(); d > 0 {
+	d := c.pause()
+	if d > 0 {
 		time.Sleep(d)
-	} else if c.begun > manyCalls {
+	}
+	if d == longPause || d <= 0 && c.begun > manyCalls {
 		most = min(most, littleRead)
 	}
 	c.begun = 0
