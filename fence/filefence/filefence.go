@@ -48,6 +48,7 @@ import (
 	"time"
 
 	"github.com/distlock/distlock/fence"
+	"github.com/distlock/distlock/internal/flock"
 )
 
 // Content makes the new version of a resource at path: a file, or a directory
@@ -180,7 +181,7 @@ func (g *Guard) locked(ctx context.Context, resource string, do func(*entry) err
 	defer f.Close() // and so unlocks
 	// A wait in the kernel could not be called off: ask again and again.
 	for pause := 100 * time.Microsecond; ; pause = min(2*pause, 20*time.Millisecond) {
-		ok, err := tryLock(f)
+		ok, err := flock.Try(f)
 		if err != nil {
 			return &fs.PathError{Op: "lock", Path: f.Name(), Err: err}
 		}

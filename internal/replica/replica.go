@@ -19,6 +19,7 @@ import (
 	"github.com/hashicorp/raft"
 	"go.uber.org/zap"
 
+	"github.com/distlock/distlock/internal/flock"
 	"github.com/distlock/distlock/lease"
 	"github.com/distlock/distlock/lease/machine"
 )
@@ -322,7 +323,7 @@ func lockDirectory(dir string) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot be written: %w", cause(err))
 	}
-	switch locked, err := tryLock(f); {
+	switch locked, err := flock.Try(f); {
 	case err != nil:
 		f.Close()
 		return nil, fmt.Errorf("cannot be locked: %w", err)

@@ -1,6 +1,6 @@
 //go:build darwin || dragonfly || freebsd || linux || netbsd || openbsd
 
-package filefence
+package flock
 
 import (
 	"errors"
@@ -8,9 +8,7 @@ import (
 	"syscall"
 )
 
-// tryLock takes the lock of the open file f, unless another has it. Closing f
-// gives it back, and so does the end of the process.
-func tryLock(f *os.File) (bool, error) {
+func try(f *os.File) (bool, error) {
 	for {
 		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 		switch {

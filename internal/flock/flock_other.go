@@ -1,10 +1,10 @@
 //go:build !(darwin || dragonfly || freebsd || linux || netbsd || openbsd)
 
-package filefence
+package flock
 
 import (
 	"errors"
 	"os"
 )
 
-func tryLock(*os.File) (bool, error) { return false, errors.ErrUnsupported }
+func try(*os.File) (bool, error) { return false, errors.ErrUnsupported }
