@@ -83,10 +83,14 @@ func (c *calls) tap(ctx context.Context, info *tap.Info) (context.Context, error
 	switch under := c.under.Add(1); {
 	case bytes > 0 && headers > maxHeaders:
 		call.refused = &lease.ExhaustedError{What: "bytes of the headers of calls under way on one connection", Max: maxHeaders}
-		c.cut(conn, headers > 2*maxHeaders)
+		if headers > 2*maxHeaders {
+			c.cut(conn)
+		}
 	case under > c.most && !brief[info.FullMethodName]:
 		call.refused = &lease.ExhaustedError{What: "calls under way", Max: int(c.most)}
-		c.cut(conn, silent > maxSilent)
+		if silent > maxSilent {
+			c.cut(conn)
+		}
 	}
 	context.AfterFunc(ctx, func() {
 		c.under.Add(-1)
@@ -99,8 +103,8 @@ func (c *calls) tap(ctx context.Context, info *tap.Info) (context.Context, error
 }
 
 // cut closes a connection whose client leaves no room for others.
-func (c *calls) cut(conn *conn, too bool) {
-	if too && conn.cut.CompareAndSwap(false, true) {
+func (c *calls) cut(conn *conn) {
+	if conn.cut.CompareAndSwap(false, true) {
 		c.logger.Warn("cutting a connection: its client begins calls and does not go on with them", zap.String("from", conn.remote.String()))
 		c.refused(ReasonSilentCalls)
 		conn.box.cut()

@@ -15,9 +15,7 @@ import (
 	"testing"
 	"time"
 
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -33,6 +31,17 @@ var (
 	against = flag.String("against", "", "attack this binary rather than the one that is built, to see what an earlier build did")
 	attacks = flag.Int("attacks", 1, "attackers, in multiples of what CI sends")
 )
+
+// newClient is a client that lasts as long as the test.
+func newClient(t *testing.T, addresses ...string) *client.Client {
+	t.Helper()
+	c, err := client.New(addresses)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
 
 // lists has a server keep locks whose list takes about 1 MiB.
 func lists(t *testing.T, ctx context.Context, c *client.Client) {
@@ -69,11 +78,7 @@ func TestAttackUnread(t *testing.T) {
 	srv := startServer(t, "--in-memory")
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	quiet, err := client.New([]string{srv.address})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer quiet.Close()
+	quiet := newClient(t, srv.address)
 	lists(t, ctx, quiet)
 	grants(t, ctx, quiet)
 	p50, p99 := grants(t, ctx, quiet)
@@ -98,11 +103,7 @@ func TestAttackUnread(t *testing.T) {
 		}
 	}
 	during50, during99 := grants(t, ctx, quiet)
-	conn, err := grpc.NewClient("passthrough:///"+srv.address, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
+	conn := srv.dial()
 	var listed atomic.Int64
 	for range 20 {
 		began := time.Now()
@@ -127,12 +128,7 @@ func TestAttackForwarding(t *testing.T) {
 	g := startGroup(t, 3)
 	leader := g.leader()
 	g.settled(leader, 3)
-	var follower *member
-	for _, m := range g.members {
-		if m != leader {
-			follower = m
-		}
-	}
+	follower := g.follower(leader)
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	quiet := follower.dial()
@@ -206,11 +202,7 @@ func TestAttackBackups(t *testing.T) {
 	srv := startServer(t, "--data-dir", t.TempDir())
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	quiet, err := client.New([]string{srv.address})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer quiet.Close()
+	quiet := newClient(t, srv.address)
 	lists(t, ctx, quiet)
 	grants(t, ctx, quiet)
 	p50, p99 := grants(t, ctx, quiet)
@@ -235,11 +227,7 @@ func TestAttackBackups(t *testing.T) {
 	most := peak()
 	t.Logf("a quiet client's grants: p50 %v and p99 %v alone, %v and %v beside backups that nobody reads; the server took %d MiB and then %d",
 		p50, p99, during50, during99, before>>20, most>>20)
-	conn, err := grpc.NewClient("passthrough:///"+srv.address, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
+	conn := srv.dial()
 	b, err := pb.NewClusterServiceClient(conn).Backup(ctx, &pb.BackupRequest{})
 	if err == nil {
 		_, err = b.Recv()
@@ -258,19 +246,10 @@ func TestAttackSlowMember(t *testing.T) {
 	g := startGroup(t, 3)
 	leader := g.leader()
 	g.settled(leader, 3)
-	var follower *member
-	for _, m := range g.members {
-		if m != leader {
-			follower = m
-		}
-	}
+	follower := g.follower(leader)
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	quiet, err := client.New([]string{leader.address})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer quiet.Close()
+	quiet := newClient(t, leader.address)
 	pad := client.Metadata(map[string]string{"pad": strings.Repeat("x", 4000)})
 	load := func() {
 		var group sync.WaitGroup
@@ -312,29 +291,16 @@ func TestAttackSlowMember(t *testing.T) {
 // member out: one that starts again is back, another leads when the leader dies, and
 // a lease goes on. Over mutual TLS, for a handshake is dearer than a greeting.
 func TestAttackPeerPort(t *testing.T) {
-	flags := certificates(t, t.TempDir())
-	g := &group{t: t, net: newPartitions(t), dir: t.TempDir()}
-	var initial []string
-	for _, id := range []string{"n1", "n2", "n3"} {
-		m := &member{id: id, peer: freeAddress(t)} // no proxy: it could not read who connects
-		g.members = append(g.members, m)
-		initial = append(initial, id+"="+m.peer)
-	}
+	g := startSecureGroup(t)
 	var addresses []string
 	for _, m := range g.members {
-		g.launch(m, m.peer, append([]string{"--initial-cluster", strings.Join(initial, ",")}, flags...)...)
-		m.start()
 		addresses = append(addresses, m.address)
 	}
 	leader := g.leader()
 	g.settled(leader, 3)
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	quiet, err := client.New(addresses)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer quiet.Close()
+	quiet := newClient(t, addresses...)
 	held, err := quiet.Acquire(ctx, "held", client.TTL(10*time.Second))
 	if err != nil {
 		t.Fatal(err)
@@ -368,12 +334,7 @@ func TestAttackPeerPort(t *testing.T) {
 		}
 	}
 	waitFor(t, ctx, func() bool { return made.Load() >= int64(3*idle) })
-	var follower *member
-	for _, m := range g.members {
-		if m != leader {
-			follower = m
-		}
-	}
+	follower := g.follower(leader)
 	follower.kill()
 	began := time.Now()
 	follower.start()
@@ -396,11 +357,7 @@ func TestAttackWatches(t *testing.T) {
 	srv := startServer(t, "--in-memory")
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	quiet, err := client.New([]string{srv.address})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer quiet.Close()
+	quiet := newClient(t, srv.address)
 	cycles := func() (n int) {
 		var group sync.WaitGroup
 		var count atomic.Int64
@@ -424,11 +381,7 @@ func TestAttackWatches(t *testing.T) {
 	}
 	cycles()
 	alone := cycles()
-	conn, err := grpc.NewClient("passthrough:///"+srv.address, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
+	conn := srv.dial()
 	watch, end := context.WithCancel(ctx)
 	defer end()
 	const watches = 9990

@@ -17,15 +17,26 @@ import (
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
 
-// dial is a plain gRPC connection to one member, as grpcurl would make it.
-func (m *member) dial() *grpc.ClientConn {
-	m.t.Helper()
-	conn, err := grpc.NewClient("passthrough:///"+m.address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+// dial is a plain gRPC connection to a server, as grpcurl would make it.
+func (s *server) dial() *grpc.ClientConn {
+	s.t.Helper()
+	conn, err := grpc.NewClient("passthrough:///"+s.address, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
-		m.t.Fatal(err)
+		s.t.Fatal(err)
 	}
-	m.t.Cleanup(func() { conn.Close() })
+	s.t.Cleanup(func() { conn.Close() })
 	return conn
+}
+
+// follower is a member that does not lead.
+func (g *group) follower(leader *member) *member {
+	for _, m := range g.members {
+		if m != leader {
+			return m
+		}
+	}
+	g.t.Fatal("there is none")
+	return nil
 }
 
 // TestClusterForwards: every member takes every unary call of a client that
@@ -34,12 +45,7 @@ func TestClusterForwards(t *testing.T) {
 	g := startGroup(t, 3)
 	leader := g.leader()
 	g.settled(leader, 3)
-	var follower *member
-	for _, m := range g.members {
-		if m != leader {
-			follower = m
-		}
-	}
+	follower := g.follower(leader)
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	ok := func(what string, err error) {

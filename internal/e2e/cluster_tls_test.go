@@ -61,14 +61,15 @@ func certificates(t *testing.T, dir string) []string {
 	return []string{"--peer-cert", certFile, "--peer-key", write("member.key", "PRIVATE KEY", der), "--peer-ca", caFile}
 }
 
-// TestClusterTLS: members with certificates form a cluster; one with another
-// authority's does not join it.
-func TestClusterTLS(t *testing.T) {
+// startSecureGroup starts a cluster of three over mutual TLS, without proxies: they
+// could not read who connects.
+func startSecureGroup(t *testing.T) *group {
+	t.Helper()
 	flags := certificates(t, t.TempDir())
 	g := &group{t: t, net: newPartitions(t), dir: t.TempDir()}
 	var initial []string
 	for _, id := range []string{"n1", "n2", "n3"} {
-		m := &member{id: id, peer: freeAddress(t)} // no proxy: it could not read who connects
+		m := &member{id: id, peer: freeAddress(t)}
 		g.members = append(g.members, m)
 		initial = append(initial, id+"="+m.peer)
 	}
@@ -76,6 +77,13 @@ func TestClusterTLS(t *testing.T) {
 		g.launch(m, m.peer, append([]string{"--initial-cluster", strings.Join(initial, ",")}, flags...)...)
 		m.start()
 	}
+	return g
+}
+
+// TestClusterTLS: members with certificates form a cluster; one with another
+// authority's does not join it.
+func TestClusterTLS(t *testing.T) {
+	g := startSecureGroup(t)
 	leader := g.leader()
 	g.settled(leader, 3)
 	g.run(leader, "lock", "acquire", "a", "--ttl", "1m")

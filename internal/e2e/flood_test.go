@@ -90,11 +90,7 @@ func TestAttackFlood(t *testing.T) {
 	srv := startServer(t, "--data-dir", t.TempDir(), "--metrics-address", at)
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
-	quiet, err := client.New([]string{srv.address})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer quiet.Close()
+	quiet := newClient(t, srv.address)
 	held, err := quiet.Acquire(ctx, "held", client.TTL(2*time.Second))
 	if err != nil {
 		t.Fatal(err)

@@ -4,11 +4,9 @@ package e2e
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"flag"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"slices"
@@ -19,7 +17,6 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
-	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -27,6 +24,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/distlock/distlock/client"
+	"github.com/distlock/distlock/internal/http2test"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
 
@@ -53,13 +51,7 @@ func TestHostileClients(t *testing.T) {
 	measure()
 	p50, p99 := measure()
 
-	command := []string{os.Args[0], srv.address}
-	if _, err := exec.LookPath("chrt"); err == nil { // of util-linux
-		command = append([]string{"chrt", "--idle", "0"}, command...)
-	}
-	cmd := exec.Command(command[0], command[1:]...)
-	cmd.Env = append(os.Environ(), hostileEnv+"=1")
-	cmd.Stderr = os.Stderr
+	cmd := idly(hostileEnv, srv.address)
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -113,6 +105,19 @@ func TestHostileClients(t *testing.T) {
 	if info, err := quiet.Get(ctx, "quiet"); err != nil || len(info.Holders) != 0 {
 		t.Errorf("%+v %v", info, err)
 	}
+}
+
+// idly prepares the test's binary as another process, which gets what processor time
+// the others leave.
+func idly(env string, args ...string) *exec.Cmd {
+	command := append([]string{os.Args[0]}, args...)
+	if _, err := exec.LookPath("chrt"); err == nil { // of util-linux
+		command = append([]string{"chrt", "--idle", "0"}, command...)
+	}
+	cmd := exec.Command(command[0], command[1:]...)
+	cmd.Env = append(os.Environ(), env+"=1")
+	cmd.Stderr = os.Stderr
+	return cmd
 }
 
 // grants measures a client that takes a lock and gives it back, again and again.
@@ -207,29 +212,18 @@ func hostile(address string) error {
 
 // brokenFrames speaks HTTP/2 up to a point.
 func brokenFrames(address string) {
-	conn, err := net.DialTimeout("tcp", address, time.Second)
+	f, err := http2test.Open(address)
 	if err != nil {
 		return
 	}
-	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(time.Second))
-	conn.Write([]byte(http2.ClientPreface))
-	f := http2.NewFramer(conn, conn)
-	f.WriteSettings()
-	var head bytes.Buffer
-	enc := hpack.NewEncoder(&head)
-	for _, h := range [][2]string{
-		{":method", "POST"}, {":scheme", "http"}, {":path", "/distlock.v1.LockService/Acquire"}, {":authority", "x"},
-		{"content-type", "application/grpc"}, {"te", "trailers"},
-	} {
-		enc.WriteField(hpack.HeaderField{Name: h[0], Value: h[1]})
-	}
-	for id := uint32(1); id < 20; id += 2 {
-		f.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: head.Bytes(), EndHeaders: true})
+	defer f.Close()
+	f.SetDeadline(time.Now().Add(time.Second))
+	for range 10 {
+		id, _ := f.Begin(pb.LockService_Acquire_FullMethodName)
 		f.WriteData(id, false, []byte{0, 0, 0, 0, 200, 1, 2, 3}) // promises 200 bytes
 		f.WriteData(id, id%4 == 1, []byte{9, 0xff, 0xff, 0xff, 0xff})
 	}
 	f.WriteRawFrame(http2.FrameType(0xee), 0xff, 0, make([]byte, 100))
 	f.WriteRawFrame(http2.FrameHeaders, 0, 1<<30+1, []byte{0xff, 0xff, 0xff})
-	conn.Read(make([]byte, 4096))
+	f.Read(make([]byte, 4096))
 }

@@ -8,8 +8,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
-	"os/exec"
 	"strings"
 	"sync"
 	"testing"
@@ -17,7 +15,6 @@ import (
 
 	"golang.org/x/net/http2"
 
-	"github.com/distlock/distlock/client"
 	"github.com/distlock/distlock/internal/http2test"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
@@ -218,13 +215,7 @@ func http1(address string) {
 // attacked has a process attack the server until end.
 func (s *server) attacked(kind string) (end func()) {
 	s.t.Helper()
-	command := []string{os.Args[0], s.address, kind}
-	if _, err := exec.LookPath("chrt"); err == nil { // of util-linux
-		command = append([]string{"chrt", "--idle", "0"}, command...)
-	}
-	cmd := exec.Command(command[0], command[1:]...)
-	cmd.Env = append(os.Environ(), attackEnv+"=1")
-	cmd.Stderr = os.Stderr
+	cmd := idly(attackEnv, s.address, kind)
 	if err := cmd.Start(); err != nil {
 		s.t.Fatal(err)
 	}
@@ -242,11 +233,7 @@ func TestAttackProtocol(t *testing.T) {
 	srv := startServer(t, "--in-memory")
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
-	quiet, err := client.New([]string{srv.address})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer quiet.Close()
+	quiet := newClient(t, srv.address)
 	lists(t, ctx, quiet)
 	grants(t, ctx, quiet)
 	var table strings.Builder

@@ -47,11 +47,7 @@ func TestEverybodyReturns(t *testing.T) {
 	}
 	waitFor(t, ctx, func() bool { return fleet.granted.Load() >= int64(*returning/connections*connections) })
 
-	quiet, err := client.New([]string{srv.address})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer quiet.Close()
+	quiet := newClient(t, srv.address)
 	var mu sync.Mutex
 	var asked []time.Time
 	var took []time.Duration
