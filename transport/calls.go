@@ -58,7 +58,7 @@ var brief = map[string]bool{
 type begun struct {
 	refused *lease.ExhaustedError
 	asked   atomic.Bool // or over
-	cost    int64       // see conn.pause
+	cost    int64       // see account
 	at      time.Time
 }
 
@@ -70,12 +70,12 @@ func (c *calls) tap(ctx context.Context, info *tap.Info) (context.Context, error
 	if conn == nil || conn.peer { // which bounds what it forwards
 		return ctx, nil
 	}
-	conn.begun++
 	call := &begun{at: time.Now()} // of the process
 	silent := conn.silent.Add(1)
 	bytes := sizeOfHeaders(info.Header)
-	call.cost = 1 + bytes>>10
-	conn.debt.Add(call.cost)
+	call.cost = costOfCall * (1 + bytes>>10)
+	conn.made += call.cost
+	conn.charge(call.cost)
 	if bytes <= fewHeaders {
 		bytes = 0
 	}
@@ -119,7 +119,7 @@ func (c *calls) admit(ctx context.Context) error {
 	}
 	if call.asked.CompareAndSwap(false, true) {
 		connOf(ctx).silent.Add(-1)
-		connOf(ctx).debt.Add(-call.cost)
+		connOf(ctx).credit(call.cost)
 	}
 	if call.refused != nil {
 		c.refused(ReasonExhausted)
@@ -153,7 +153,9 @@ func answered(ctx context.Context) {
 	case ctx.Err() == nil:
 		connOf(ctx).answered.Add(1)
 	case errors.Is(ctx.Err(), context.Canceled) && time.Since(call.at) < atOnce:
-		connOf(ctx).debt.Add(1)
+		connOf(ctx).charge(costOfCall)
+	default:
+		connOf(ctx).credit(costOfCall) // its frames
 	}
 }
 

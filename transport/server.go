@@ -115,6 +115,7 @@ type Server struct {
 	most     int       // connections of clients, 0 for no bound
 	refusing *refusing // answers those for which there is no room
 	unread   *unread
+	sources  *sources
 	keeping  sync.Once
 	seen     func(*conn)     // of tests: each connection
 	stopping context.Context // ends when Stop begins
@@ -142,7 +143,7 @@ func NewServer(cfg Config) *Server {
 	}
 	s := &Server{
 		stopping: stopping, stop: stop, forward: forward,
-		most: cfg.MaxConnections, refusing: newRefusing(cfg.MaxConnections, cfg.Refused), unread: newUnread(cfg.Logger, cfg.Refused),
+		most: cfg.MaxConnections, refusing: newRefusing(cfg.MaxConnections, cfg.Refused), unread: newUnread(cfg.Logger, cfg.Refused), sources: newSources(),
 		grpc: grpc.NewServer(
 			grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto"), cfg.MaxMessageBytes}),
 			grpc.MaxRecvMsgSize(4*cfg.MaxMessageBytes),

@@ -177,6 +177,14 @@ func (b *outbox) full() error {
 	return nil
 }
 
+// handed is how many bytes the client has been sent in counted messages, each at
+// least countedBytes.
+func (b *outbox) handed() int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.read
+}
+
 // room returns nil if there is room, and counts n as reserved; otherwise what is
 // closed when it is worth to look again.
 func (b *outbox) room(n int64) <-chan struct{} {
