@@ -58,8 +58,8 @@ func (a *account) open(s *sources, from net.Addr, peer bool) {
 	}
 	a.sources, a.from = s, prefixOf(from)
 	if owed := s.owed(a.from, a.since); owed > freeDebt {
-		a.debt.Store(freeDebt) // nothing is free
-		a.late = min(earning(owed-freeDebt), longPause)
+		a.debt.Store(freeDebt)                           // nothing is free
+		a.late = min(earning(owed-freeDebt), shortPause) // who comes back after an outage pays it, too
 	}
 }
 

@@ -95,7 +95,7 @@ func TestDebtGoesWithTheAddress(t *testing.T) {
 	c.Close()
 	soonTrue(t, "it is closed", func() bool { return a.closed.Load() })
 	c, a = open()
-	if a.late != longPause || a.debt.Load() < freeDebt {
+	if a.late != shortPause || a.debt.Load() < freeDebt {
 		t.Errorf("the next waits %v, a debt of %d", a.late, a.debt.Load())
 	}
 	// It is served all the same.
