@@ -185,7 +185,7 @@ func TestLossHasAReason(t *testing.T) {
 	s := clienttest.Start(t)
 	c, ops := s.Client(t), s.Client(t, client.WithOwner("ops"))
 	lock := acquire(t, c, "a", client.TTL(3*time.Second))
-	if err := ops.ForceRelease(t.Context(), "a", 0, ""); err != nil {
+	if err := ops.Admin().ForceRelease(t.Context(), "a", 0, ""); err != nil {
 		t.Fatal(err)
 	}
 	s.Advance(2 * time.Second)
@@ -197,7 +197,7 @@ func TestLossHasAReason(t *testing.T) {
 		t.Fatal("the release of a lost lock says nothing")
 	}
 	lock = acquire(t, c, "a", client.TTL(3*time.Second))
-	if err := ops.Revoke(t.Context(), lock.LeaseID(), "them"); err != nil {
+	if err := ops.Admin().Revoke(t.Context(), lock.LeaseID(), "them"); err != nil {
 		t.Fatal(err)
 	}
 	s.Advance(2 * time.Second)
@@ -206,7 +206,7 @@ func TestLossHasAReason(t *testing.T) {
 	}
 	// A release by hand of a lost token says why, and who holds it now.
 	now := acquire(t, c, "a")
-	err = c.Release(t.Context(), "a", lock.Token())
+	err = c.Admin().Release(t.Context(), "a", lock.Token())
 	var e *client.Error
 	if !errors.Is(err, client.ErrNotHeld) || !errors.As(err, &e) || e.Cause != client.CauseRevoked ||
 		e.CurrentToken != now.Token() || !e.GrantedSince {
@@ -230,7 +230,7 @@ func TestLocksUnderALease(t *testing.T) {
 		t.Fatal(b, err)
 	}
 	// A hold broken under a lease that lives on is noticed too.
-	if err := ops.ForceRelease(t.Context(), "a", 0, ""); err != nil {
+	if err := ops.Admin().ForceRelease(t.Context(), "a", 0, ""); err != nil {
 		t.Fatal(err)
 	}
 	s.Advance(2 * time.Second)
@@ -408,7 +408,7 @@ func TestDeadlockIsRefused(t *testing.T) {
 func TestListLeasesWatchCheck(t *testing.T) {
 	s := clienttest.Start(t)
 	c := s.Client(t)
-	status, err := c.Status(t.Context())
+	status, err := c.Admin().Status(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -456,7 +456,7 @@ func TestListLeasesWatchCheck(t *testing.T) {
 		count++
 	}
 	leases := 0
-	for _, err := range c.Leases(t.Context()) {
+	for _, err := range c.Admin().Leases(t.Context()) {
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -469,7 +469,7 @@ func TestListLeasesWatchCheck(t *testing.T) {
 	if err != nil || !check.Live || check.CurrentToken != tokens[3].Token() {
 		t.Fatalf("%+v %v", check, err)
 	}
-	if _, err := c.LeaseInfo(t.Context(), 12345); !errors.Is(err, client.ErrLeaseGone) {
+	if _, err := c.Admin().Lease(t.Context(), 12345); !errors.Is(err, client.ErrLeaseGone) {
 		t.Fatal(err)
 	}
 }

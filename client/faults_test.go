@@ -203,7 +203,7 @@ func TestALeaseOfManyLocks(t *testing.T) {
 			}
 		}
 		for _, l := range locks[:120] {
-			if err := ops.ForceRelease(t.Context(), l.Name(), l.Token(), "ops"); err != nil {
+			if err := ops.Admin().ForceRelease(t.Context(), l.Name(), l.Token(), "ops"); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -298,7 +298,7 @@ func TestAReleaseWithAnEndedContext(t *testing.T) {
 				t.Fatal(err)
 			}
 			own := acquire(t, c, "own", client.TTL(time.Hour))
-			id, err := other.GrantID(t.Context(), time.Hour)
+			id, err := other.Admin().Grant(t.Context(), time.Hour)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -350,7 +350,7 @@ func TestUnderLeaseIDCancelledBesideItsGrant(t *testing.T) {
 		},
 	}).option())
 	other := s.Client(t)
-	id, err := other.GrantID(t.Context(), time.Hour)
+	id, err := other.Admin().Grant(t.Context(), time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -376,7 +376,7 @@ func TestUnderLeaseIDCancelledBesideItsGrant(t *testing.T) {
 		t.Fatal("none was cancelled")
 	}
 	eventually(t, "nothing is held", func() bool {
-		info, err := other.LeaseInfo(t.Context(), id)
+		info, err := other.Admin().Lease(t.Context(), id)
 		return err == nil && len(info.Holds) == 0
 	})
 }
@@ -403,7 +403,7 @@ func TestAnOldServerUnderLeaseID(t *testing.T) {
 		},
 	}).option())
 	other := s.Client(t)
-	id, err := other.GrantID(t.Context(), time.Hour)
+	id, err := other.Admin().Grant(t.Context(), time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -520,11 +520,14 @@ func TestGrantsWhileTheClientCloses(t *testing.T) {
 		for i := range 16 {
 			group.Go(func() {
 				for n := 0; ; n++ {
-					name, take := fmt.Sprint(round, "-", i, "-", n), c.TryAcquire
+					name := fmt.Sprint(round, "-", i, "-", n)
+					var lock *client.Lock
+					var err error
 					if i%2 == 0 {
-						take = lease.TryAcquire
+						lock, err = lease.TryAcquire(t.Context(), name)
+					} else {
+						lock, err = c.TryAcquire(t.Context(), name)
 					}
-					lock, err := take(t.Context(), name)
 					if err != nil {
 						if !errors.Is(err, client.ErrClosed) && !errors.Is(err, client.ErrReleased) {
 							t.Errorf("%v", err)
@@ -558,7 +561,7 @@ func TestALockThatIsNotRenewedEnds(t *testing.T) {
 	s := clienttest.Start(t)
 	c := s.Client(t)
 	lock := acquire(t, c, "a", client.NoRenew(), client.TTL(2*time.Second))
-	id, err := c.GrantID(t.Context(), 2*time.Second)
+	id, err := c.Admin().Grant(t.Context(), 2*time.Second)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -754,7 +757,7 @@ func TestReleaseFromElsewhereIsTold(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, l := range []*client.Lock{under, acquire(t, c, "own", client.TTL(time.Hour))} {
-		if err := other.Release(t.Context(), l.Name(), l.Token()); err != nil {
+		if err := other.Admin().Release(t.Context(), l.Name(), l.Token()); err != nil {
 			t.Fatal(err)
 		}
 		if lost := lostAs(t, l); lost.Cause != client.CauseReleased {
@@ -1064,7 +1067,7 @@ func TestCloseWaitsForNobody(t *testing.T) {
 func TestALockUnderSomebodysLease(t *testing.T) {
 	s := clienttest.Start(t)
 	c, keeper := s.Client(t), s.Client(t)
-	id, err := keeper.GrantID(t.Context(), 3*time.Second)
+	id, err := keeper.Admin().Grant(t.Context(), 3*time.Second)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1074,7 +1077,7 @@ func TestALockUnderSomebodysLease(t *testing.T) {
 		t.Fatalf("%v left of a lease that lives for one second more", left)
 	}
 	for range 10 {
-		if _, err := keeper.KeepAlive(t.Context(), id); err != nil {
+		if _, err := keeper.Admin().KeepAlive(t.Context(), id); err != nil {
 			t.Fatal(err)
 		}
 		s.Advance(time.Second)
@@ -1082,7 +1085,7 @@ func TestALockUnderSomebodysLease(t *testing.T) {
 			t.Fatalf("its lease is renewed: %v", err)
 		}
 	}
-	if err := keeper.ForceRelease(t.Context(), "a", 0, "ops"); err != nil {
+	if err := keeper.Admin().ForceRelease(t.Context(), "a", 0, "ops"); err != nil {
 		t.Fatal(err)
 	}
 	s.Advance(1500 * time.Millisecond)

@@ -23,19 +23,8 @@ type Lease struct {
 	open   map[uint64]struct{} // those that do
 }
 
-// LeaseOption says how to make a lease.
-type LeaseOption func(*pb.GrantRequest)
-
-// LeaseOwner overrides the client's owner.
-func LeaseOwner(owner string) LeaseOption { return func(r *pb.GrantRequest) { r.Owner = owner } }
-
-// LeaseMetadata is shown with the lease; at most 4 KiB.
-func LeaseMetadata(m map[string]string) LeaseOption {
-	return func(r *pb.GrantRequest) { r.Metadata = m }
-}
-
 // Grant makes a lease and keeps it alive until Revoke or Close.
-func (c *Client) Grant(ctx context.Context, ttl time.Duration, opts ...LeaseOption) (*Lease, error) {
+func (c *Client) Grant(ctx context.Context, ttl time.Duration, opts ...GrantOption) (*Lease, error) {
 	id, sent, err := c.grant(ctx, ttl, opts)
 	if err != nil {
 		return nil, err
@@ -47,17 +36,12 @@ func (c *Client) Grant(ctx context.Context, ttl time.Duration, opts ...LeaseOpti
 	return l, nil
 }
 
-// GrantID makes a lease that nobody keeps alive yet, and returns its id.
-func (c *Client) GrantID(ctx context.Context, ttl time.Duration, opts ...LeaseOption) (uint64, error) {
-	id, _, err := c.grant(ctx, ttl, opts)
-	return id, err
-}
-
-func (c *Client) grant(ctx context.Context, ttl time.Duration, opts []LeaseOption) (id uint64, sent time.Duration, err error) {
-	req := &pb.GrantRequest{Ttl: durationpb.New(ttl), Owner: c.owner, RequestId: requestID()}
+func (c *Client) grant(ctx context.Context, ttl time.Duration, opts []GrantOption) (id uint64, sent time.Duration, err error) {
+	o := grantOptions{owner: c.owner}
 	for _, opt := range opts {
-		opt(req)
+		opt.grant(&o)
 	}
+	req := &pb.GrantRequest{Ttl: durationpb.New(ttl), Owner: o.owner, Metadata: o.metadata, RequestId: requestID()}
 	// The first attempt may be the one that made the lease: its time counts.
 	sent = c.now()
 	err = c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
@@ -121,24 +105,33 @@ func (l *Lease) Err() error {
 	return context.Cause(l.session.ctx)
 }
 
-// Acquire takes a lock under the lease, as Client.Acquire does. TTL, Owner,
-// NoRenew and UnderLeaseID have no meaning here.
-func (l *Lease) Acquire(ctx context.Context, name string, opts ...AcquireOption) (*Lock, error) {
+// Acquire takes a lock under the lease, as Client.Acquire does.
+func (l *Lease) Acquire(ctx context.Context, name string, opts ...LeaseAcquireOption) (*Lock, error) {
 	return l.AcquireAll(ctx, []string{name}, opts...)
 }
 
 // TryAcquire is Acquire that does not wait.
-func (l *Lease) TryAcquire(ctx context.Context, name string, opts ...AcquireOption) (*Lock, error) {
-	return l.AcquireAll(ctx, []string{name}, append(opts[:len(opts):len(opts)], Wait(0))...)
+func (l *Lease) TryAcquire(ctx context.Context, name string, opts ...LeaseTryAcquireOption) (*Lock, error) {
+	o := l.client.options()
+	for _, opt := range opts {
+		opt.leaseTryAcquire(o)
+	}
+	return l.acquire(ctx, []string{name}, o.now())
 }
 
 // AcquireAll takes several locks under the lease, all at once or none.
-func (l *Lease) AcquireAll(ctx context.Context, names []string, opts ...AcquireOption) (*Lock, error) {
+func (l *Lease) AcquireAll(ctx context.Context, names []string, opts ...LeaseAcquireOption) (*Lock, error) {
+	o := l.client.options()
+	for _, opt := range opts {
+		opt.leaseAcquire(o)
+	}
+	return l.acquire(ctx, names, o)
+}
+
+func (l *Lease) acquire(ctx context.Context, names []string, o *acquireOptions) (*Lock, error) {
 	if err := l.Err(); err != nil {
 		return nil, err
 	}
-	o := l.client.options(opts)
-	o.leaseID = 0
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(l.session.ctx, func() { cancel(context.Cause(l.session.ctx)) })()
@@ -152,5 +145,5 @@ func (l *Lease) Revoke(ctx context.Context) error {
 	c.mu.Lock()
 	c.end(l.session, ErrReleased)
 	c.mu.Unlock()
-	return c.Revoke(ctx, l.ID(), c.owner)
+	return c.Admin().Revoke(ctx, l.ID(), c.owner)
 }

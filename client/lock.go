@@ -12,77 +12,6 @@ import (
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
 
-// DefaultTTL is the TTL of a lock's own lease when none is given.
-const DefaultTTL = 30 * time.Second
-
-type acquireOptions struct {
-	ttl       time.Duration
-	wait      *time.Duration // nil: as long as ctx allows
-	shared    bool
-	limit     uint32
-	lockDelay time.Duration
-	metadata  map[string]string
-	actor     string
-	owner     string
-	leaseID   uint64
-	noRenew   bool
-	// untilDeadline: wait is from the context's deadline.
-	untilDeadline bool
-	onRenew       func(time.Time)
-}
-
-// AcquireOption says how to acquire.
-type AcquireOption func(*acquireOptions)
-
-// TTL sets the TTL of the lock's own lease; the default is DefaultTTL. The
-// client renews it each time a third of it has passed. A shorter TTL frees the lock of a
-// dead holder sooner, and loses it to a shorter pause or partition.
-func TTL(d time.Duration) AcquireOption { return func(o *acquireOptions) { o.ttl = d } }
-
-// Wait bounds the time in the queue; ErrNotAcquired follows it.
-func Wait(d time.Duration) AcquireOption { return func(o *acquireOptions) { o.wait = &d } }
-
-// Shared asks for a hold that others may share.
-func Shared() AcquireOption { return func(o *acquireOptions) { o.shared = true } }
-
-// Limit asks for a shared hold of a lock that at most n hold at once: a
-// semaphore. All who ask for the lock must name the same limit.
-func Limit(n uint32) AcquireOption {
-	return func(o *acquireOptions) { o.shared, o.limit = true, n }
-}
-
-// LockDelay keeps the lock from being granted for d after this hold is lost
-// (never after Release): time for its late writes to arrive, for resources
-// that cannot check a token.
-func LockDelay(d time.Duration) AcquireOption { return func(o *acquireOptions) { o.lockDelay = d } }
-
-// Metadata is shown to whoever looks at the lock or waits behind it; at most
-// 4 KiB.
-func Metadata(m map[string]string) AcquireOption { return func(o *acquireOptions) { o.metadata = m } }
-
-// Actor names the thread of work that this acquisition belongs to. A request
-// that would close a circle of actors waiting for each other is refused with
-// ErrDeadlock.
-func Actor(name string) AcquireOption { return func(o *acquireOptions) { o.actor = name } }
-
-// Owner overrides the client's owner for this lock's lease.
-func Owner(owner string) AcquireOption { return func(o *acquireOptions) { o.owner = owner } }
-
-// UnderLeaseID holds the lock under a lease that somebody else keeps alive.
-// Nothing renews it here: the client asks how long it still lives, three times
-// a TTL, and believes in the lock for as long.
-func UnderLeaseID(id uint64) AcquireOption { return func(o *acquireOptions) { o.leaseID = id } }
-
-// NoRenew leaves the lock's lease alone: it ends its TTL after the grant
-// unless somebody renews it.
-func NoRenew() AcquireOption { return func(o *acquireOptions) { o.noRenew = true } }
-
-// OnRenew is called after each successful renewal with the new deadline. It
-// must not block.
-func OnRenew(fn func(deadline time.Time)) AcquireOption {
-	return func(o *acquireOptions) { o.onRenew = fn }
-}
-
 // Lock is a hold on one or several locks. All methods are safe for concurrent
 // use.
 type Lock struct {
@@ -110,23 +39,22 @@ func (c *Client) Acquire(ctx context.Context, name string, opts ...AcquireOption
 
 // TryAcquire is Acquire that does not wait: a lock that is not free is
 // ErrNotAcquired at once.
-func (c *Client) TryAcquire(ctx context.Context, name string, opts ...AcquireOption) (*Lock, error) {
-	return c.AcquireAll(ctx, []string{name}, append(opts[:len(opts):len(opts)], Wait(0))...)
+func (c *Client) TryAcquire(ctx context.Context, name string, opts ...TryAcquireOption) (*Lock, error) {
+	o := c.options()
+	for _, opt := range opts {
+		opt.tryAcquire(o)
+	}
+	return c.acquire(ctx, []string{name}, o.now(), nil)
 }
 
 // AcquireAll takes several locks, all at once or none, under one token. Two
 // such requests cannot deadlock each other.
 func (c *Client) AcquireAll(ctx context.Context, names []string, opts ...AcquireOption) (*Lock, error) {
-	o := c.options(opts)
-	return c.acquire(ctx, names, o, nil)
-}
-
-func (c *Client) options(opts []AcquireOption) *acquireOptions {
-	o := &acquireOptions{ttl: DefaultTTL, owner: c.owner}
+	o := c.options()
 	for _, opt := range opts {
-		opt(o)
+		opt.acquire(o)
 	}
-	return o
+	return c.acquire(ctx, names, o, nil)
 }
 
 // granted makes a lock of a grant. When it fails the grant is not held.

@@ -30,11 +30,11 @@ func TestLossIsToldAtOnce(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := ops.Revoke(t.Context(), revoked.LeaseID(), "them"); err != nil {
+	if err := ops.Admin().Revoke(t.Context(), revoked.LeaseID(), "them"); err != nil {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"forced", "under"} {
-		if err := ops.ForceRelease(t.Context(), name, 0, "ops"); err != nil {
+		if err := ops.Admin().ForceRelease(t.Context(), name, 0, "ops"); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -128,7 +128,7 @@ func TestTextThatIsNone(t *testing.T) {
 			t.Errorf("%.10q: %v", what, err)
 		}
 	}
-	if err := c.Release(t.Context(), "\xff", 1); !errors.Is(err, client.ErrInvalid) {
+	if err := c.Admin().Release(t.Context(), "\xff", 1); !errors.Is(err, client.ErrInvalid) {
 		t.Error(err)
 	}
 	if err := lock.Release(t.Context()); err != nil {
@@ -156,7 +156,7 @@ func TestUnary(t *testing.T) {
 	if err := lock.Err(); err != nil {
 		t.Fatal(err)
 	}
-	if err := ops.ForceRelease(t.Context(), "a", 0, "ops"); err != nil {
+	if err := ops.Admin().ForceRelease(t.Context(), "a", 0, "ops"); err != nil {
 		t.Fatal(err)
 	}
 	s.Advance(2 * time.Second)

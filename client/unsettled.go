@@ -258,7 +258,7 @@ func (c *Client) endSession(ctx context.Context, s *session) {
 		})
 	}
 	group.Wait()
-	c.Revoke(ctx, s.id, c.owner)
+	c.Admin().Revoke(ctx, s.id, c.owner)
 }
 
 // abandonMany ends acquisitions with leases of their own.

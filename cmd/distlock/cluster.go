@@ -55,7 +55,7 @@ func clusterStatusCommand() *cobra.Command {
 				return err
 			}
 			defer c.Close()
-			s, err := c.Status(cmd.Context())
+			s, err := c.Admin().Status(cmd.Context())
 			if err != nil {
 				return err
 			}
@@ -107,7 +107,7 @@ which data directory it has: a name with another one is another member.`,
 				return err
 			}
 			defer c.Close()
-			s, err := c.Status(cmd.Context())
+			s, err := c.Admin().Status(cmd.Context())
 			if err != nil {
 				return err
 			}
@@ -149,21 +149,21 @@ func clusterAddCommand() *cobra.Command {
 			if _, _, err := net.SplitHostPort(args[1]); err != nil {
 				return "", usage("PEER-ADDRESS must be HOST:PORT, and is %q", args[1])
 			}
-			return fmt.Sprintf("%s at %s is a member", args[0], args[1]), c.AddMember(ctx, args[0], args[1])
+			return fmt.Sprintf("%s at %s is a member", args[0], args[1]), c.Admin().AddMember(ctx, args[0], args[1])
 		})
 }
 
 func clusterPromoteCommand() *cobra.Command {
 	return change("promote ID", "Give a learner that has caught up its vote", "  distlock cluster promote n2", exactly("ID"),
 		func(ctx context.Context, c *client.Client, args []string) (string, error) {
-			return args[0] + " is a voter", c.PromoteMember(ctx, args[0])
+			return args[0] + " is a voter", c.Admin().PromoteMember(ctx, args[0])
 		})
 }
 
 func clusterRemoveCommand() *cobra.Command {
 	return change("remove ID", "Take a node out; it stops serving", "  distlock cluster remove n2", exactly("ID"),
 		func(ctx context.Context, c *client.Client, args []string) (string, error) {
-			s, err := c.Status(ctx)
+			s, err := c.Admin().Status(ctx)
 			if err != nil {
 				return "", err
 			}
@@ -174,7 +174,7 @@ func clusterRemoveCommand() *cobra.Command {
 			if !slices.Contains(ids, args[0]) { // the API takes it for a repeat
 				return "", fmt.Errorf("there is no member %s: the members are %s", args[0], strings.Join(ids, ", "))
 			}
-			return args[0] + " is no member", c.RemoveMember(ctx, args[0])
+			return args[0] + " is no member", c.Admin().RemoveMember(ctx, args[0])
 		})
 }
 
@@ -189,7 +189,7 @@ func clusterTransferCommand() *cobra.Command {
 		if len(args) == 1 {
 			id = args[0]
 		}
-		leader, err := c.TransferLeadership(ctx, id)
+		leader, err := c.Admin().TransferLeadership(ctx, id)
 		return leader + " leads", err
 	})
 }
@@ -220,7 +220,7 @@ output, which is "-".`,
 					return err
 				}
 				defer c.Close()
-				from = func(to io.Writer) error { return c.Backup(cmd.Context(), to) }
+				from = func(to io.Writer) error { return c.Admin().Backup(cmd.Context(), to) }
 			}
 			info, said, err := backup(cmd, args[0], from)
 			if err != nil {

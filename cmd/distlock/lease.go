@@ -41,11 +41,11 @@ func leaseGrantCommand() *cobra.Command {
 				return err
 			}
 			defer c.Close()
-			opts := []client.LeaseOption{client.LeaseMetadata(metadata)}
+			opts := []client.GrantOption{client.Metadata(metadata)}
 			if owner != "" {
-				opts = append(opts, client.LeaseOwner(owner))
+				opts = append(opts, client.Owner(owner))
 			}
-			id, err := c.GrantID(cmd.Context(), ttl, opts...)
+			id, err := c.Admin().Grant(cmd.Context(), ttl, opts...)
 			if err != nil {
 				return err
 			}
@@ -78,7 +78,7 @@ func leaseKeepaliveCommand() *cobra.Command {
 			}
 			defer c.Close()
 			for {
-				ttls, err := c.KeepAlive(cmd.Context(), id)
+				ttls, err := c.Admin().KeepAlive(cmd.Context(), id)
 				if cmd.Context().Err() != nil {
 					return nil
 				}
@@ -115,7 +115,7 @@ func leaseGetCommand() *cobra.Command {
 				return err
 			}
 			defer c.Close()
-			l, err := c.LeaseInfo(cmd.Context(), id, r.read()...)
+			l, err := c.Admin().Lease(cmd.Context(), id, r.read()...)
 			if err != nil {
 				return err
 			}
@@ -156,7 +156,7 @@ func leaseLsCommand() *cobra.Command {
 			defer c.Close()
 			views := []leaseView{}
 			var rows [][]string
-			for l, err := range c.Leases(cmd.Context(), r.read()...) {
+			for l, err := range c.Admin().Leases(cmd.Context(), r.read()...) {
 				if err != nil {
 					return err
 				}
@@ -195,7 +195,7 @@ func leaseRevokeCommand() *cobra.Command {
 				return err
 			}
 			defer c.Close()
-			if err := c.Revoke(cmd.Context(), id, by); err != nil {
+			if err := c.Admin().Revoke(cmd.Context(), id, by); err != nil {
 				return err
 			}
 			fmt.Fprintf(cmd.OutOrStdout(), "revoked lease %d\n", id)

@@ -199,9 +199,9 @@ func releaseCommand() *cobra.Command {
 			}
 			defer c.Close()
 			if force {
-				err = c.ForceRelease(cmd.Context(), args[0], fence.Token(token), by)
+				err = c.Admin().ForceRelease(cmd.Context(), args[0], fence.Token(token), by)
 			} else {
-				err = c.Release(cmd.Context(), args[0], fence.Token(token))
+				err = c.Admin().Release(cmd.Context(), args[0], fence.Token(token))
 			}
 			if err == nil {
 				fmt.Fprintf(cmd.OutOrStdout(), "released %s\n", printable(args[0]))

@@ -98,7 +98,7 @@ func Run(ctx context.Context, cfg Config) ([]Result, error) {
 		return nil, err
 	}
 	defer c.Close()
-	if _, err := c.Status(ctx); err != nil { // before the load: is it there?
+	if _, err := c.Admin().Status(ctx); err != nil { // before the load: is it there?
 		return nil, err
 	}
 	var results []Result

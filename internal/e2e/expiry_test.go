@@ -36,7 +36,7 @@ func TestExpiryLag(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer watcher.Close()
-	start, err := watcher.Status(ctx)
+	start, err := watcher.Admin().Status(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}

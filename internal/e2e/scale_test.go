@@ -69,7 +69,7 @@ func TestManyLocks(t *testing.T) {
 	if err := lock.Release(ctx); err != nil {
 		t.Fatal(err)
 	}
-	st, err := c.Status(ctx)
+	st, err := c.Admin().Status(ctx)
 	if err != nil || st.Locks < int64(*manyLocks) {
 		t.Fatalf("%d locks after the restart, %v", st.Locks, err)
 	}
@@ -91,7 +91,7 @@ func TestMassExpiry(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	if st, err := c.Status(ctx); err != nil || st.Locks < int64(*manyLocks) {
+	if st, err := c.Admin().Status(ctx); err != nil || st.Locks < int64(*manyLocks) {
 		t.Fatalf("%d locks of %d are held still, %v", st.Locks, *manyLocks, err)
 	}
 	s.signal(syscall.SIGTERM)
@@ -101,7 +101,7 @@ func TestMassExpiry(t *testing.T) {
 	from := time.Now()
 	var first, last time.Time
 	for last.IsZero() {
-		st, err := c.Status(ctx)
+		st, err := c.Admin().Status(ctx)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -112,7 +112,7 @@ func soakOnce(ctx context.Context, t *testing.T, address string, n, i int, r *ra
 		}
 		switch r.IntN(8) {
 		case 0:
-			c.GrantID(ctx, 300*time.Millisecond) // nobody renews it
+			c.Admin().Grant(ctx, 300*time.Millisecond) // nobody renews it
 		case 1:
 			c.TryAcquire(ctx, name+"/left", client.TTL(300*time.Millisecond), client.NoRenew())
 		}

@@ -195,7 +195,7 @@ func (c *Crowd) op(r *rand.Rand, caller int) {
 		c.hold(r, c.now(), own, client.TTL(c.ttl(r)), client.NoRenew())
 	case n < 74:
 		ctx, cancel := context.WithTimeout(c.ctx, 2*c.cfg.MaxTTL)
-		id, err := c.now().GrantID(ctx, c.ttl(r))
+		id, err := c.now().Admin().Grant(ctx, c.ttl(r))
 		cancel()
 		if err == nil {
 			c.hold(r, c.now(), own+"/under", client.UnderLeaseID(id))
@@ -209,40 +209,59 @@ func (c *Crowd) op(r *rand.Rand, caller int) {
 	}
 }
 
-// taker is a client or a lease of it.
-type taker interface {
-	Acquire(ctx context.Context, name string, opts ...client.AcquireOption) (*client.Lock, error)
-	TryAcquire(ctx context.Context, name string, opts ...client.AcquireOption) (*client.Lock, error)
+// taker takes a lock, from a client or under a lease of it.
+type taker struct {
+	acquire, try func(ctx context.Context, name string) (*client.Lock, error)
+}
+
+func byItself(c *client.Client, opts ...client.AcquireOption) taker {
+	var now []client.TryAcquireOption
+	for _, opt := range opts {
+		if opt, ok := opt.(client.TryAcquireOption); ok {
+			now = append(now, opt)
+		}
+	}
+	return taker{
+		func(ctx context.Context, name string) (*client.Lock, error) { return c.Acquire(ctx, name, opts...) },
+		func(ctx context.Context, name string) (*client.Lock, error) { return c.TryAcquire(ctx, name, now...) },
+	}
+}
+
+func under(l *client.Lease) taker {
+	return taker{
+		func(ctx context.Context, name string) (*client.Lock, error) { return l.Acquire(ctx, name) },
+		func(ctx context.Context, name string) (*client.Lock, error) { return l.TryAcquire(ctx, name) },
+	}
 }
 
 // take asks for a lock in one of the ways there are; nil when it is not
 // granted.
-func (c *Crowd) take(r *rand.Rand, by *client.Client, from taker, name string, opts ...client.AcquireOption) *client.Lock {
+func (c *Crowd) take(r *rand.Rand, by *client.Client, from taker, name string) *client.Lock {
 	ctx, cancel := context.WithCancel(c.ctx)
 	defer cancel()
 	var l *client.Lock
 	var err error
 	switch r.IntN(5) {
 	case 0:
-		l, err = from.TryAcquire(ctx, name, opts...)
+		l, err = from.try(ctx, name)
 	case 1: // cancelled at any moment, often beside its answer
 		at := time.Duration(r.Int64N(int64(5 * time.Millisecond)))
 		if r.IntN(2) == 0 {
 			at = time.Duration(r.Int64N(int64(c.cfg.MaxTTL)))
 		}
 		defer time.AfterFunc(at, cancel).Stop()
-		l, err = from.Acquire(ctx, name, opts...)
+		l, err = from.acquire(ctx, name)
 	case 2: // with a deadline
 		bounded, stop := context.WithTimeout(ctx, 10*time.Millisecond+time.Duration(r.Int64N(int64(c.cfg.MaxTTL))))
 		defer stop()
-		l, err = from.Acquire(bounded, name, opts...)
+		l, err = from.acquire(bounded, name)
 	default:
 		if !strings.HasPrefix(name, "hot/") {
-			l, err = from.Acquire(ctx, name, opts...)
+			l, err = from.acquire(ctx, name)
 			break
 		}
 		c.set(func() { c.waits[name]++; c.busy-- })
-		l, err = from.Acquire(ctx, name, opts...)
+		l, err = from.acquire(ctx, name)
 		c.set(func() {
 			c.busy++
 			if c.waits[name]--; c.waits[name] == 0 {
@@ -259,7 +278,7 @@ func (c *Crowd) take(r *rand.Rand, by *client.Client, from taker, name string, o
 
 // hold takes a lock, keeps it for a while and gives it back, unless it is lost.
 func (c *Crowd) hold(r *rand.Rand, by *client.Client, name string, opts ...client.AcquireOption) {
-	if l := c.take(r, by, by, name, opts...); l != nil {
+	if l := c.take(r, by, byItself(by, opts...), name); l != nil {
 		c.keep(r, l)
 		c.give(r, l)
 	}
@@ -286,9 +305,9 @@ func (c *Crowd) give(r *rand.Rand, l *client.Lock) {
 	}
 	if strings.HasPrefix(l.Name(), "op/") && r.IntN(2) == 0 {
 		if r.IntN(2) == 0 {
-			c.now().ForceRelease(ctx, l.Name(), l.Token(), "operator")
+			c.now().Admin().ForceRelease(ctx, l.Name(), l.Token(), "operator")
 		} else {
-			c.now().Release(ctx, l.Name(), l.Token())
+			c.now().Admin().Release(ctx, l.Name(), l.Token())
 		}
 	}
 	l.Release(ctx)
@@ -325,7 +344,7 @@ func (c *Crowd) lease(r *rand.Rand, own string) {
 				if i < 2 && seeded.IntN(2) == 0 {
 					name = c.hot(seeded)
 				}
-				if l := c.take(seeded, by, lease, name); l != nil {
+				if l := c.take(seeded, by, under(lease), name); l != nil {
 					if name[0] == 'h' || seeded.IntN(8) == 0 {
 						c.keep(seeded, l)
 						c.give(seeded, l)
