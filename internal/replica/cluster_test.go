@@ -72,7 +72,8 @@ func freeAddress(t *testing.T) string {
 	return ""
 }
 
-// newCluster starts n members of a new cluster: n1, n2, …
+// newCluster starts n members of a new cluster, n1, n2, …, and waits until each has
+// the first entry of the log: who is stopped before that knows of no cluster.
 func newCluster(t *testing.T, n int, alter func(*Config)) *cluster {
 	t.Helper()
 	c := &cluster{t: t, net: newNetwork(), nodes: make(map[string]*node), alter: alter}
@@ -82,6 +83,9 @@ func newCluster(t *testing.T, n int, alter func(*Config)) *cluster {
 	}
 	for id, address := range members {
 		c.start(Config{NodeID: id, PeerAddress: address, InitialCluster: members})
+	}
+	for id, node := range c.nodes {
+		eventually(t, id+" is a member", func() bool { return len(node.configuration().servers.Servers) == n })
 	}
 	return c
 }
@@ -874,7 +878,7 @@ func TestBackupAndRestore(t *testing.T) {
 		t.Errorf("restored under a running server: %v", err)
 	}
 	out, err := propose(r, &machine.Acquire{Request: 1e6, Names: []string{"lock/0"}, Mode: machine.Exclusive, TTL: 1e9})
-	if err != nil || out.Results[0].Grant == nil || uint64(out.Results[0].Grant.Token) <= uint64(20+after) {
+	if err != nil || out.Results[0].Hold == nil || uint64(out.Results[0].Hold.Token) <= uint64(20+after) {
 		t.Fatalf("the first grant of the new history: %+v, %v", out, err)
 	}
 	if k, ok := store.View().Lock("declared"); !ok || !k.Declared || k.Clock != machine.HistoryGap {
