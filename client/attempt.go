@@ -81,7 +81,7 @@ func (a *acquisition) identify() {
 func underRequestID() uint64 { return 1<<62 + rand.Uint64N(1<<62) }
 
 // once makes one attempt.
-func (a *acquisition) once(ctx context.Context, conn *grpc.ClientConn, until patience) (*pb.Grant, error) {
+func (a *acquisition) once(ctx context.Context, conn *grpc.ClientConn, until patience) (*pb.Hold, error) {
 	a.sent = a.began
 	if a.asked {
 		a.sent = a.c.now()
@@ -100,7 +100,7 @@ func (a *acquisition) once(ctx context.Context, conn *grpc.ClientConn, until pat
 	answer, err := a.c.ask(ctx, conn, acquireOperation(a.req), until)
 	a.known = a.known || !isUnsent(err)
 	if err == nil {
-		return answer.GetAcquire().GetGrant(), nil
+		return answer.GetAcquire().GetHold(), nil
 	}
 	e := toError(err)
 	switch {
@@ -118,7 +118,7 @@ func (a *acquisition) once(ctx context.Context, conn *grpc.ClientConn, until pat
 		a.req = proto.CloneOf(a.req)
 		a.req.RequestId, a.req.Attempt = 0, 0
 		answer, err = a.c.ask(ctx, conn, acquireOperation(a.req), until)
-		return answer.GetAcquire().GetGrant(), err
+		return answer.GetAcquire().GetHold(), err
 	}
 	return nil, err
 }
@@ -174,7 +174,7 @@ func (c *Client) acquire(ctx context.Context, names []string, o *acquireOptions,
 	if a.wait != nil {
 		until.again, until.since = a.wait.again, min(20*time.Millisecond, o.ttl/8)
 	}
-	var grant *pb.Grant
+	var grant *pb.Hold
 	err := c.retry(ctx, total, func(ctx context.Context, conn *grpc.ClientConn) (err error) {
 		if a.wait != nil && a.asked {
 			a.wait.of(a.req)

@@ -58,7 +58,7 @@ func (c *Client) AcquireAll(ctx context.Context, names []string, opts ...Acquire
 }
 
 // granted makes a lock of a grant. When it fails the grant is not held.
-func (c *Client) granted(ctx context.Context, g *pb.Grant, a *acquisition) (*Lock, error) {
+func (c *Client) granted(ctx context.Context, g *pb.Hold, a *acquisition) (*Lock, error) {
 	if a.lease != nil {
 		l := newLock(c, g, a, &lockMemory{})
 		return l, c.join(l, a.lease.session)
@@ -100,7 +100,7 @@ type lockMemory struct {
 	floor [1]fence.Token
 }
 
-func newLock(c *Client, g *pb.Grant, a *acquisition, m *lockMemory) *Lock {
+func newLock(c *Client, g *pb.Hold, a *acquisition, m *lockMemory) *Lock {
 	l := &m.lock
 	l.client, l.token, l.leaseID, l.ttl = c, fence.Token(g.GetToken()), g.GetLeaseId(), g.GetTtl().AsDuration()
 	l.names, l.floors, l.request = m.name[:0], m.floor[:0], a.req.GetRequestId()

@@ -144,7 +144,7 @@ func (s *stream) receive(rpc grpc.BidiStreamingClient[pb.MultiplexRequest, pb.Mu
 			return err
 		}
 		s.client.hear(msg.GetClusterId())
-		var undo []*pb.Grant
+		var undo []*pb.Hold
 		s.mu.Lock()
 		for _, a := range msg.GetAnswers() {
 			waits, ok := s.open[a.GetId()]
@@ -152,10 +152,10 @@ func (s *stream) receive(rpc grpc.BidiStreamingClient[pb.MultiplexRequest, pb.Mu
 			switch {
 			case waits != nil:
 				waits <- a
-			case ok && a.GetAcquire().GetGrant().GetRequestId() == 0 && a.GetAcquire() != nil:
+			case ok && a.GetAcquire().GetHold().GetRequestId() == 0 && a.GetAcquire() != nil:
 				// Cancelled, and granted in the race. Without a request id
 				// nobody could abandon it.
-				undo = append(undo, a.GetAcquire().GetGrant())
+				undo = append(undo, a.GetAcquire().GetHold())
 			}
 		}
 		s.mu.Unlock()

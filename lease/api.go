@@ -58,9 +58,9 @@ type AcquireRequest struct {
 	Declared bool
 }
 
-// Grant is an acquisition that has its locks.
-type Grant struct {
-	machine.Grant
+// Hold is an acquisition that has its locks.
+type Hold struct {
+	machine.Hold
 	TTL time.Duration // of the lease
 }
 

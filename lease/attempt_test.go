@@ -12,7 +12,7 @@ import (
 )
 
 // attempt is the nth call of request 1, for lock a, with a lease of its own.
-func (r *rig) attempt(ctx context.Context, n uint32, wait time.Duration) (Grant, error) {
+func (r *rig) attempt(ctx context.Context, n uint32, wait time.Duration) (Hold, error) {
 	return r.Acquire(ctx, AcquireRequest{Request: 1, Attempt: n, Names: []string{"a"}, TTL: time.Minute, Wait: wait})
 }
 
@@ -58,7 +58,7 @@ func endOfAnAttempt(t *testing.T, counted bool, step string, after bool) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	first := background(func() (Grant, error) { return r.attempt(ctx, number(1), WaitForever) })
+	first := background(func() (Hold, error) { return r.attempt(ctx, number(1), WaitForever) })
 	synctest.Wait()
 	if step == "granted" {
 		// Its answer is on its way when its caller goes.
@@ -72,7 +72,7 @@ func endOfAnAttempt(t *testing.T, counted bool, step string, after bool) {
 		cancel()
 		synctest.Wait()
 	}
-	second := background(func() (Grant, error) { return r.attempt(context.Background(), number(2), WaitForever) })
+	second := background(func() (Hold, error) { return r.attempt(context.Background(), number(2), WaitForever) })
 	synctest.Wait()
 	cancel()
 	synctest.Wait()
@@ -108,7 +108,7 @@ func TestALateAttemptDisplacesNoLaterOne(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		second := background(func() (Grant, error) { return r.attempt(context.Background(), 2, WaitForever) })
+		second := background(func() (Hold, error) { return r.attempt(context.Background(), 2, WaitForever) })
 		pendingNow(t, second, "the repeat")
 		for _, late := range []uint32{1, 0} {
 			if _, err := r.attempt(context.Background(), late, WaitForever); !errors.Is(err, ErrSuperseded) {
@@ -116,7 +116,7 @@ func TestALateAttemptDisplacesNoLaterOne(t *testing.T) {
 			}
 		}
 		pendingNow(t, second, "the repeat")
-		third := background(func() (Grant, error) { return r.attempt(context.Background(), 3, WaitForever) })
+		third := background(func() (Hold, error) { return r.attempt(context.Background(), 3, WaitForever) })
 		if got := <-second; !errors.Is(got.err, ErrSuperseded) {
 			t.Fatal(got.err)
 		}
@@ -140,7 +140,7 @@ func TestAWaitLivesForItsTTL(t *testing.T) {
 				}
 				ctx, cancel := context.WithCancel(context.Background())
 				defer cancel()
-				wait := background(func() (Grant, error) { return r.attempt(ctx, 1, WaitForever) })
+				wait := background(func() (Hold, error) { return r.attempt(ctx, 1, WaitForever) })
 				synctest.Wait()
 				if !connected {
 					cancel()
@@ -210,7 +210,7 @@ func TestAnExpiryThatTheLogRefuses(t *testing.T) {
 		if n, _ := l.held(); n != 1 {
 			t.Fatalf("%d batches in the log, not the expiry", n)
 		}
-		again := background(func() (Grant, error) { return r.attempt(context.Background(), 2, 0) })
+		again := background(func() (Hold, error) { return r.attempt(context.Background(), 2, 0) })
 		synctest.Wait()
 		l.drop(1, false, ErrNotLeader)
 		l.holding(false, false)
@@ -241,7 +241,7 @@ func TestARepeatWhoseLeaseIsBeingEnded(t *testing.T) {
 			t.Fatal(err)
 		}
 		l.holding(true, false)
-		again := background(func() (Grant, error) { return r.attempt(context.Background(), 2, 0) })
+		again := background(func() (Hold, error) { return r.attempt(context.Background(), 2, 0) })
 		synctest.Wait()
 		p := l.take() // the repeat is in the log, and its answer takes long
 		out := l.store.Apply(p.batch)

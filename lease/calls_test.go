@@ -16,7 +16,7 @@ import (
 	"github.com/distlock/distlock/lease/machine"
 )
 
-func (r *rig) release(g Grant) {
+func (r *rig) release(g Hold) {
 	r.t.Helper()
 	if err := r.Release(context.Background(), ReleaseRequest{Lease: g.Lease, Name: g.Locks[0].Name, Token: g.Token}); err != nil {
 		r.t.Fatal(err)
@@ -39,10 +39,10 @@ func TestWaitersAreServedOnceInOrder(t *testing.T) {
 			t.Fatal(err)
 		}
 		const n = 100
-		served := make(chan Grant, n)
-		var waits []<-chan answer[Grant]
+		served := make(chan Hold, n)
+		var waits []<-chan answer[Hold]
 		for i := range n {
-			waits = append(waits, background(func() (Grant, error) {
+			waits = append(waits, background(func() (Hold, error) {
 				g, err := r.own("a", time.Minute, WaitForever, RequestID(i+1))
 				served <- g
 				return g, err
@@ -73,7 +73,7 @@ func TestALockUnderAClientsLease(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		under := func(request RequestID, wait time.Duration, names ...string) (Grant, error) {
+		under := func(request RequestID, wait time.Duration, names ...string) (Hold, error) {
 			return r.Acquire(ctx, AcquireRequest{Lease: l.ID, Request: request, LowestOpen: 1, Names: names, Wait: wait})
 		}
 		g, err := under(1, 0, "y", "x")
@@ -82,7 +82,7 @@ func TestALockUnderAClientsLease(t *testing.T) {
 		}
 		// A second request of the same lease waits like any other's, and its
 		// parked call keeps no lease alive but its own.
-		second := background(func() (Grant, error) { return under(2, WaitForever, "x") })
+		second := background(func() (Hold, error) { return under(2, WaitForever, "x") })
 		info, err := r.Lease(ctx, l.ID)
 		if err != nil || len(info.Holds) != 1 || len(info.Waits) != 1 || info.Metadata[0].Key != "a" || info.Remaining != 10*time.Second {
 			t.Fatalf("%+v %v", info, err)
@@ -105,7 +105,7 @@ func TestALockUnderAClientsLease(t *testing.T) {
 		if _, err := r.own("x", time.Minute, 0, 0); err != nil {
 			t.Fatal(err)
 		}
-		second = background(func() (Grant, error) { return under(1, time.Minute, "x") })
+		second = background(func() (Hold, error) { return under(1, time.Minute, "x") })
 		if err := r.RevokeLease(ctx, l.ID, "the operator"); err != nil {
 			t.Fatal(err)
 		}
@@ -122,10 +122,10 @@ func TestARepeatTakesThePlaceOfTheCallItRepeats(t *testing.T) {
 			t.Fatal(err)
 		}
 		ctx, cancel := context.WithCancel(context.Background())
-		first := background(func() (Grant, error) {
+		first := background(func() (Hold, error) {
 			return r.Acquire(ctx, AcquireRequest{Request: 1, Names: []string{"a"}, TTL: time.Minute, Wait: time.Second, Owner: "o"})
 		})
-		second := background(func() (Grant, error) { return r.own("a", time.Minute, WaitForever, 1) })
+		second := background(func() (Hold, error) { return r.own("a", time.Minute, WaitForever, 1) })
 		if a := <-first; !errors.Is(a.err, ErrSuperseded) {
 			t.Fatal(a.err)
 		}
@@ -164,15 +164,15 @@ func TestACancelMeetsTheGrantAnywhere(t *testing.T) {
 					defer r.stop()
 					ctx, cancel := context.WithCancelCause(context.Background())
 					l.holding(true, false)
-					var holder <-chan answer[Grant]
+					var holder <-chan answer[Hold]
 					if step != "in flight" {
-						holder = background(func() (Grant, error) { return r.own("a", time.Hour, 0, 9) })
+						holder = background(func() (Hold, error) { return r.own("a", time.Hour, 0, 9) })
 					}
 					if step == "parked" || step == "granted but not heard" {
 						l.commit()
 						<-holder
 					}
-					call := background(func() (Grant, error) {
+					call := background(func() (Hold, error) {
 						return r.Acquire(ctx, AcquireRequest{Request: 1, Names: []string{"a"}, TTL: time.Minute, Wait: WaitForever, Owner: "o"})
 					})
 					if step == "parked" || step == "granted but not heard" {
@@ -184,7 +184,7 @@ func TestACancelMeetsTheGrantAnywhere(t *testing.T) {
 							cancel(cause)
 							c := r.loop.waiting.parked[waiter{0, 1}]
 							r.loop.unpark(c)
-							c.answer(r.loop, machine.Result{Grant: &machine.Grant{}}, nil)
+							c.answer(r.loop, machine.Result{Hold: &machine.Hold{}}, nil)
 						}))
 					} else {
 						cancel(cause)
@@ -258,7 +258,7 @@ func TestAnAnonymousWaiterThatIsLostIsAbandoned(t *testing.T) {
 			t.Fatal(err)
 		}
 		ctx, cancel := context.WithCancelCause(context.Background())
-		call := background(func() (Grant, error) {
+		call := background(func() (Hold, error) {
 			return r.Acquire(ctx, AcquireRequest{Names: []string{"a"}, TTL: time.Hour, Wait: WaitForever})
 		})
 		cancel(ErrDetached)
@@ -289,16 +289,16 @@ func TestBoundsAreExact(t *testing.T) {
 			return fmt.Sprint(err)
 		}
 		// All at once, before any of them is in the store.
-		var calls []<-chan answer[Grant]
+		var calls []<-chan answer[Hold]
 		for i := range 20 {
-			c := make(chan answer[Grant], 1)
+			c := make(chan answer[Hold], 1)
 			calls = append(calls, c)
 			go func() {
 				g, err := r.own(fmt.Sprint("lock", i), time.Hour, 0, RequestID(100+i))
-				c <- answer[Grant]{g, err}
+				c <- answer[Hold]{g, err}
 			}()
 		}
-		var granted []Grant
+		var granted []Hold
 		for _, c := range calls {
 			if a := <-c; a.err == nil {
 				granted = append(granted, a.value)
@@ -311,8 +311,8 @@ func TestBoundsAreExact(t *testing.T) {
 		}
 		// What exists can be asked for, up to the bound on waiters.
 		name := granted[0].Locks[0].Name
-		first := background(func() (Grant, error) { return r.own(name, time.Hour, WaitForever, 1) })
-		second := background(func() (Grant, error) { return r.own(name, time.Hour, WaitForever, 2) })
+		first := background(func() (Hold, error) { return r.own(name, time.Hour, WaitForever, 1) })
+		second := background(func() (Hold, error) { return r.own(name, time.Hour, WaitForever, 2) })
 		if _, err := r.own(name, time.Hour, WaitForever, 3); exhausted(err) != "leases" {
 			t.Fatal(err)
 		}
@@ -323,7 +323,7 @@ func TestBoundsAreExact(t *testing.T) {
 			t.Fatal(err)
 		}
 		// A repeat takes no more room; neither does giving back.
-		again := background(func() (Grant, error) { return r.own(name, time.Hour, WaitForever, 2) })
+		again := background(func() (Hold, error) { return r.own(name, time.Hour, WaitForever, 2) })
 		if a := <-second; !errors.Is(a.err, ErrSuperseded) {
 			t.Fatal(a.err)
 		}
@@ -356,7 +356,7 @@ func TestABatchIsBounded(t *testing.T) {
 		r, l := startScript(t)
 		defer r.stop()
 		l.holding(true, false)
-		first := background(func() (Grant, error) { return r.own("first", time.Hour, 0, 0) })
+		first := background(func() (Hold, error) { return r.own("first", time.Hour, 0, 0) })
 		const n = 400
 		done := make(chan error, n)
 		for i := range n {
@@ -413,7 +413,7 @@ func TestAMassExpiryIsSmearedAndNeverEarly(t *testing.T) {
 		}
 		l.holding(true, false)
 		time.Sleep(tick + time.Nanosecond)
-		other := background(func() (Grant, error) { return r.own("a", time.Minute, 0, 0) })
+		other := background(func() (Hold, error) { return r.own("a", time.Minute, 0, 0) })
 		l.commit()
 		if got := r.Status().Leases; got != n-maxExpiries {
 			t.Fatalf("%d leases after the first batch", got)
@@ -528,7 +528,7 @@ func TestListsAndReads(t *testing.T) {
 func TestTheOriginalsLocks(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
 		ctx := context.Background()
-		acquire := func() (Grant, error) {
+		acquire := func() (Hold, error) {
 			return r.Acquire(ctx, AcquireRequest{Names: []string{"k"}, TTL: time.Minute, Declared: true})
 		}
 		if _, err := acquire(); reason(err) != machine.ReasonLockNotDeclared {
@@ -631,7 +631,7 @@ func TestAWaitBeyondAllTimeIsNoTimeout(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		call := background(func() (Grant, error) { return r.own("a", time.Minute, math.MaxInt64, 0) })
+		call := background(func() (Hold, error) { return r.own("a", time.Minute, math.MaxInt64, 0) })
 		time.Sleep(30 * time.Second)
 		pendingNow(t, call, "a wait of 292 years")
 		r.release(g)

@@ -216,7 +216,7 @@ func (c *chaosClient) once(hold func(int, string, uint64), unhold func(string)) 
 
 // acquire asks until it is answered, as a client does: with the same request
 // id over lost leaderships and lost connections. Sometimes it gives up.
-func (c *chaosClient) acquire(ttl time.Duration) (Grant, time.Time, bool) {
+func (c *chaosClient) acquire(ttl time.Duration) (Hold, time.Time, bool) {
 	wait := []time.Duration{0, 300 * time.Millisecond, WaitForever, WaitForever}[c.rng.IntN(4)]
 	for range 100 {
 		ctx, cancel := context.WithCancelCause(context.Background())
@@ -243,11 +243,11 @@ func (c *chaosClient) acquire(ttl time.Duration) (Grant, time.Time, bool) {
 			continue
 		case errors.Is(err, context.Canceled), errors.As(err, &held), errors.As(err, &timeout),
 			reason(err) == machine.ReasonRequestEnded, reason(err) == machine.ReasonLeaseEnded:
-			return Grant{}, sent, false
+			return Hold{}, sent, false
 		}
 		c.t.Errorf("acquire: %v", err)
-		return Grant{}, sent, false
+		return Hold{}, sent, false
 	}
 	c.t.Errorf("request %d is never answered", c.request)
-	return Grant{}, time.Time{}, false
+	return Hold{}, time.Time{}, false
 }

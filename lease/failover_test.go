@@ -61,7 +61,7 @@ func TestAGainRightAfterAGainAnswersWhoeverWaits(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		waiting := background(func() (Grant, error) { return r.own("a", time.Minute, WaitForever, 2) })
+		waiting := background(func() (Hold, error) { return r.own("a", time.Minute, WaitForever, 2) })
 		l.holding(false, true)
 		renewing := background(func() (KeepAlive, error) { return r.keepAlive(g.Lease) })
 		l.holding(false, false)
@@ -81,7 +81,7 @@ func TestAGainRightAfterAGainAnswersWhoeverWaits(t *testing.T) {
 			t.Errorf("the new term gave the holder %v", took)
 		}
 		// The same leadership once more changes nothing.
-		waiting = background(func() (Grant, error) { return r.own("a", time.Minute, WaitForever, 3) })
+		waiting = background(func() (Hold, error) { return r.own("a", time.Minute, WaitForever, 3) })
 		l.lead(2)
 		pendingNow(t, waiting, "a waiter, when nothing has changed,")
 	})
@@ -167,15 +167,15 @@ func TestALeaseIsKeptByARenewalThatComesBeforeItsExpiryIsProposed(t *testing.T) 
 			t.Fatal(err)
 		}
 		l.holding(true, false)
-		other := background(func() (Grant, error) { return r.own("b", time.Hour, 0, 0) })
+		other := background(func() (Hold, error) { return r.own("b", time.Hour, 0, 0) })
 		time.Sleep(1100 * time.Millisecond)
-		another := background(func() (Grant, error) { return r.own("c", time.Hour, 0, 0) }) // worth a batch
+		another := background(func() (Hold, error) { return r.own("c", time.Hour, 0, 0) }) // worth a batch
 		if _, err := r.keepAlive(g.Lease); err != nil {
 			t.Fatalf("due, but not proposed: %v", err)
 		}
 		l.holding(false, false)
 		l.commit()
-		for _, a := range []answer[Grant]{<-other, <-another} {
+		for _, a := range []answer[Hold]{<-other, <-another} {
 			if a.err != nil {
 				t.Fatal(a.err)
 			}
@@ -241,7 +241,7 @@ func TestWhatTheManagerProposesItselfIsTriedAgain(t *testing.T) {
 		if _, err := r.Acquire(ctx, AcquireRequest{Names: []string{"a"}, TTL: time.Second, LockDelay: time.Second}); err != nil {
 			t.Fatal(err)
 		}
-		waiting := background(func() (Grant, error) { return r.own("a", time.Hour, 1500*time.Millisecond, 0) })
+		waiting := background(func() (Hold, error) { return r.own("a", time.Hour, 1500*time.Millisecond, 0) })
 		l.holding(true, false)
 		for _, at := range []time.Duration{time.Second, 500 * time.Millisecond, 500 * time.Millisecond} { // expiry, wait, delay
 			time.Sleep(at + 2*tick)
@@ -313,7 +313,7 @@ func TestAWaiterThatComesBackWhileItsLeaseFallsDueIsKept(t *testing.T) {
 			t.Fatal(err)
 		}
 		lost, lose := context.WithCancelCause(ctx)
-		first := background(func() (Grant, error) {
+		first := background(func() (Hold, error) {
 			return r.Acquire(lost, AcquireRequest{Request: 5, Names: []string{"a"}, TTL: time.Second, Wait: WaitForever, Owner: "o"})
 		})
 		lose(ErrDetached)
@@ -322,7 +322,7 @@ func TestAWaiterThatComesBackWhileItsLeaseFallsDueIsKept(t *testing.T) {
 		}
 		time.Sleep(900 * time.Millisecond)
 		l.holding(true, false)
-		back := background(func() (Grant, error) { return r.own("a", time.Second, WaitForever, 5) })
+		back := background(func() (Hold, error) { return r.own("a", time.Second, WaitForever, 5) })
 		time.Sleep(200 * time.Millisecond) // its deadline passes
 		l.holding(false, false)
 		l.commit()
@@ -351,10 +351,10 @@ func TestALogThatFails(t *testing.T) {
 		if _, err := r.own("a", time.Hour, 0, 0); err != nil {
 			t.Fatal(err)
 		}
-		parked := background(func() (Grant, error) { return r.own("a", time.Hour, WaitForever, 0) })
+		parked := background(func() (Hold, error) { return r.own("a", time.Hour, WaitForever, 0) })
 		l.holding(true, true)
 		inFlight := l.fill(r)
-		pending := background(func() (Grant, error) { return r.own("c", time.Hour, 0, 0) })
+		pending := background(func() (Hold, error) { return r.own("c", time.Hour, 0, 0) })
 		reading := background(func() (LockInfo, error) {
 			info, _, err := r.Lock(context.Background(), "a")
 			return info, err
@@ -394,10 +394,10 @@ func TestTheEndAnswersEverybody(t *testing.T) {
 		if _, err := r.own("a", time.Hour, 0, 0); err != nil {
 			t.Fatal(err)
 		}
-		parked := background(func() (Grant, error) { return r.own("a", time.Hour, WaitForever, 0) })
+		parked := background(func() (Hold, error) { return r.own("a", time.Hour, WaitForever, 0) })
 		l.holding(true, true)
 		inFlight := l.fill(r)
-		pending := background(func() (Grant, error) { return r.own("c", time.Hour, 0, 0) })
+		pending := background(func() (Hold, error) { return r.own("c", time.Hour, 0, 0) })
 		renewing := background(func() (KeepAlive, error) { return r.keepAlive(1) })
 		r.cancel()
 		if err := <-r.ended; err != nil {
@@ -428,15 +428,15 @@ func TestDrainAnswersWhatIsInTheLog(t *testing.T) {
 			t.Fatal(err)
 		}
 		l.holding(true, false)
-		granted := background(func() (Grant, error) { return r.own("b", time.Hour, 0, 1) })
+		granted := background(func() (Hold, error) { return r.own("b", time.Hour, 0, 1) })
 		l.holding(true, false)
 		l.commit()
 		if a := <-granted; a.err != nil {
 			t.Fatal(a.err)
 		}
-		waiter := background(func() (Grant, error) { return r.own("b", time.Hour, WaitForever, 2) })
+		waiter := background(func() (Hold, error) { return r.own("b", time.Hour, WaitForever, 2) })
 		ctx, cancel := context.WithCancel(context.Background())
-		cancelled := background(func() (Grant, error) {
+		cancelled := background(func() (Hold, error) {
 			return r.Acquire(ctx, AcquireRequest{Request: 3, Names: []string{"b"}, TTL: time.Hour, Wait: WaitForever})
 		})
 		r.Drain()
@@ -475,7 +475,7 @@ func TestABatchThatTheNextTermCommits(t *testing.T) {
 		r, l := startScript(t)
 		defer r.stop()
 		l.holding(true, false)
-		granting := background(func() (Grant, error) { return r.own("a", time.Second, 0, 1) })
+		granting := background(func() (Hold, error) { return r.own("a", time.Second, 0, 1) })
 		l.lead(2)
 		l.holding(false, false)
 		l.commit()

@@ -23,9 +23,9 @@ func TestBatchesGoOnTheirWayWhileOthersAre(t *testing.T) {
 		l.mu.Lock()
 		l.counts = nil
 		l.mu.Unlock()
-		gathered := []<-chan answer[Grant]{
-			background(func() (Grant, error) { return r.own("x", time.Hour, 0, 0) }),
-			background(func() (Grant, error) { return r.own("y", time.Hour, 0, 0) }),
+		gathered := []<-chan answer[Hold]{
+			background(func() (Hold, error) { return r.own("x", time.Hour, 0, 0) }),
+			background(func() (Hold, error) { return r.own("y", time.Hour, 0, 0) }),
 		}
 		if batches, _ := l.held(); batches != maxFlights {
 			t.Fatalf("%d batches in the log", batches)
@@ -59,9 +59,9 @@ func TestASmallBatchWaitsForTheOneInTheLog(t *testing.T) {
 		defer r.stop()
 		l.holding(true, false)
 		batches := func() int { n, _ := l.held(); return n }
-		var asked []<-chan answer[Grant]
+		var asked []<-chan answer[Hold]
 		for i, want := range []int{1, 1, 1, 2, 2} { // the fourth makes three that wait
-			asked = append(asked, background(func() (Grant, error) { return r.own(fmt.Sprint(i), time.Hour, 0, 0) }))
+			asked = append(asked, background(func() (Hold, error) { return r.own(fmt.Sprint(i), time.Hour, 0, 0) }))
 			if n := batches(); n != want {
 				t.Fatalf("%d batches in the log after %d requests, not %d", n, i+1, want)
 			}
@@ -91,11 +91,11 @@ func TestABatchRefusedBeforeAnEarlierIsAnswered(t *testing.T) {
 		r, l := startScript(t)
 		defer r.stop()
 		l.holding(true, false)
-		first := background(func() (Grant, error) { return r.own("a", time.Hour, 0, 1) })
+		first := background(func() (Hold, error) { return r.own("a", time.Hour, 0, 1) })
 		l.mu.Lock()
 		l.term = 0 // and the news of it is on its way
 		l.mu.Unlock()
-		second := background(func() (Grant, error) { return r.own("b", time.Hour, 0, 2) })
+		second := background(func() (Hold, error) { return r.own("b", time.Hour, 0, 2) })
 		if a := <-second; !errors.Is(a.err, ErrNotLeader) {
 			t.Errorf("the second: %v", a.err)
 		}
@@ -129,7 +129,7 @@ func TestBoundsCountWhatIsInFlight(t *testing.T) {
 		first, second := l.take(), l.take()
 		heard, later := store.Apply(first.batch), store.Apply(second.batch)
 		first.done(heard, nil)
-		last := background(func() (Grant, error) { return r.own("last", time.Hour, 0, 0) })
+		last := background(func() (Hold, error) { return r.own("last", time.Hour, 0, 0) })
 		pendingNow(t, last, "the last that there is room for")
 		if _, err := r.own("more", time.Hour, 0, 0); !errors.As(err, new(*ExhaustedError)) {
 			t.Errorf("above the bound: %v", err)
@@ -163,7 +163,7 @@ func TestASlowExpiryDelaysNoOther(t *testing.T) {
 		time.Sleep(900 * time.Millisecond) // both are marked by now
 		l.holding(true, false)
 		time.Sleep(200 * time.Millisecond) // the first is in the log
-		other := background(func() (Grant, error) { return r.own("c", time.Hour, 0, 0) })
+		other := background(func() (Hold, error) { return r.own("c", time.Hour, 0, 0) })
 		time.Sleep(time.Second) // the second has fallen due
 		l.holding(false, false)
 		for range 2 {
@@ -181,14 +181,14 @@ func TestASlowExpiryDelaysNoOther(t *testing.T) {
 
 // releasing is a manager with a waiter of a second, and the release that grants
 // it held up in the log.
-func releasing(t *testing.T) (r *rig, l *script, released <-chan answer[struct{}], waiter <-chan answer[Grant]) {
+func releasing(t *testing.T) (r *rig, l *script, released <-chan answer[struct{}], waiter <-chan answer[Hold]) {
 	t.Helper()
 	r, l = startScript(t)
 	holder, err := r.own("a", time.Hour, 0, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	waiter = background(func() (Grant, error) { return r.own("a", time.Hour, time.Second, 0) })
+	waiter = background(func() (Hold, error) { return r.own("a", time.Hour, time.Second, 0) })
 	pendingNow(t, waiter, "the waiter")
 	l.holding(true, false)
 	released = background(func() (struct{}, error) {
@@ -198,7 +198,7 @@ func releasing(t *testing.T) (r *rig, l *script, released <-chan answer[struct{}
 }
 
 // grantStays: the waiter is granted, and its grant is not undone afterwards.
-func grantStays(t *testing.T, r *rig, released <-chan answer[struct{}], waiter <-chan answer[Grant]) {
+func grantStays(t *testing.T, r *rig, released <-chan answer[struct{}], waiter <-chan answer[Hold]) {
 	t.Helper()
 	if a := <-released; a.err != nil {
 		t.Fatal(a.err)
@@ -220,7 +220,7 @@ func TestAGrantInTimeStaysWhileTheLogIsFull(t *testing.T) {
 		r, l, released, waiter := releasing(t)
 		defer r.stop()
 		for n := range maxFlights - 1 {
-			background(func() (Grant, error) { return r.own(string(rune('b'+n)), time.Hour, 0, 0) })
+			background(func() (Hold, error) { return r.own(string(rune('b'+n)), time.Hour, 0, 0) })
 		}
 		time.Sleep(1100 * time.Millisecond)
 		if batches, _ := l.held(); batches != maxFlights {
@@ -242,7 +242,7 @@ func TestAGrantThatComesBeforeTheEndOfItsWait(t *testing.T) {
 		r, l, released, waiter := releasing(t)
 		defer r.stop()
 		time.Sleep(1100 * time.Millisecond)
-		background(func() (Grant, error) { return r.own("b", time.Hour, 0, 0) })
+		background(func() (Hold, error) { return r.own("b", time.Hour, 0, 0) })
 		if batches, _ := l.held(); batches != 2 {
 			t.Fatalf("%d batches in the log", batches)
 		}
@@ -267,9 +267,9 @@ func TestWhatIsInTheLogKeepsALease(t *testing.T) {
 		time.Sleep(250 * time.Millisecond)
 		l.holding(true, false)
 		asked.Attempt = 2
-		repeat := background(func() (Grant, error) { return r.Acquire(t.Context(), asked) })
+		repeat := background(func() (Hold, error) { return r.Acquire(t.Context(), asked) })
 		time.Sleep(100 * time.Millisecond) // it has fallen due
-		other := background(func() (Grant, error) { return r.own("b", time.Hour, 0, 0) })
+		other := background(func() (Hold, error) { return r.own("b", time.Hour, 0, 0) })
 		time.Sleep(tick)
 		l.holding(false, false)
 		for n, _ := l.held(); n > 0; n, _ = l.held() {
@@ -299,9 +299,9 @@ func TestWhatWaitsForTheLogIsBounded(t *testing.T) {
 			t.Fatal(err)
 		}
 		l.holding(true, false)
-		var asked []<-chan answer[Grant]
+		var asked []<-chan answer[Hold]
 		for i := range 11 { // the first is in the log
-			asked = append(asked, background(func() (Grant, error) { return r.own(fmt.Sprint(i), time.Hour, 0, 0) }))
+			asked = append(asked, background(func() (Hold, error) { return r.own(fmt.Sprint(i), time.Hour, 0, 0) }))
 			synctest.Wait()
 		}
 		var exhausted *ExhaustedError
@@ -317,7 +317,7 @@ func TestWhatWaitsForTheLogIsBounded(t *testing.T) {
 		if got, err := r.KeepAlive(t.Context(), []ID{held.Lease}); err != nil || got[0].Err != nil {
 			t.Errorf("a renewal: %v %v", got, err)
 		}
-		again := background(func() (Grant, error) {
+		again := background(func() (Hold, error) {
 			return r.Acquire(t.Context(), AcquireRequest{Names: []string{"again"}, TTL: time.Hour, Request: 77, Attempt: 2})
 		})
 		pendingNow(t, again, "a repeat")
@@ -377,7 +377,7 @@ func TestOneConnectionLeavesRoomForOthers(t *testing.T) {
 		}
 		for round := range 2 {
 			l.holding(true, false)
-			first := background(func() (Grant, error) { return r.own("first", time.Hour, 0, 0) }) // is in the log
+			first := background(func() (Hold, error) { return r.own("first", time.Hour, 0, 0) }) // is in the log
 			synctest.Wait()
 			if n := ask(ports[0], 6); n != 0 {
 				t.Errorf("round %d: %d of 6 were refused", round, n)

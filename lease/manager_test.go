@@ -63,7 +63,7 @@ func (r *rig) stop() {
 	r.log.Close()
 }
 
-func (r *rig) own(name string, ttl, wait time.Duration, req RequestID) (Grant, error) {
+func (r *rig) own(name string, ttl, wait time.Duration, req RequestID) (Hold, error) {
 	return r.Acquire(context.Background(), AcquireRequest{Request: req, Names: []string{name}, TTL: ttl, Wait: wait, Owner: "o"})
 }
 

@@ -147,10 +147,10 @@ func TestNoMarkBesideABatch(t *testing.T) {
 		}
 		time.Sleep(4900 * time.Millisecond)
 		l.holding(true, false)
-		again := background(func() (Grant, error) { return r.own("a", 10*time.Second, 0, 1) })
+		again := background(func() (Hold, error) { return r.own("a", 10*time.Second, 0, 1) })
 		pendingNow(t, again, "the repeat")
 		time.Sleep(time.Second)
-		other := background(func() (Grant, error) { return r.own("b", time.Hour, 0, 2) })
+		other := background(func() (Hold, error) { return r.own("b", time.Hour, 0, 2) })
 		pendingNow(t, other, "another")
 		if n, _ := l.held(); n != 1 {
 			t.Fatalf("%d batches in the log", n)

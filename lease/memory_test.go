@@ -20,12 +20,12 @@ func TestMemoryLogAppliesInOrderAndAnswersAll(t *testing.T) {
 	for i := range n {
 		l.Propose(machine.Batch{Commands: []machine.Command{take(string(rune('a'+i%3)), RequestID(i+1)), &machine.Abandon{Request: RequestID(i + 1)}}},
 			func(out machine.Outcome, err error) {
-				if err != nil || out.Results[0].Grant == nil {
+				if err != nil || out.Results[0].Hold == nil {
 					t.Errorf("%+v %v", out, err)
 					return
 				}
 				mu.Lock()
-				tokens = append(tokens, uint64(out.Results[0].Grant.Token))
+				tokens = append(tokens, uint64(out.Results[0].Hold.Token))
 				mu.Unlock()
 			})
 	}

@@ -102,9 +102,9 @@ type Reply struct {
 	Tag       uint64 // on a Port
 	Op        Op
 	Err       error
-	Grant     *machine.Grant // of an Acquire
-	TTL       time.Duration  // of the lease of an Acquire or a GrantLease
-	Lease     ID             // of a GrantLease
+	Hold      *machine.Hold // of an Acquire
+	TTL       time.Duration // of the lease of an Acquire or a GrantLease
+	Lease     ID            // of a GrantLease
 	KeptAlive *KeptAlive
 	Check     *TokenCheck
 	Lock      *LockInfo
@@ -355,13 +355,13 @@ func (c *call) answer(l *loop, r machine.Result, err error) {
 			}
 			break
 		}
-		reply.Grant, reply.TTL = r.Grant, time.Duration(cmd.TTL)
+		reply.Hold, reply.TTL = r.Hold, time.Duration(cmd.TTL)
 		if cmd.Lease != 0 {
 			reply.TTL = l.ttlOf(cmd.Lease)
-		} else if t := l.leases[r.Grant.Lease]; t != nil {
+		} else if t := l.leases[r.Hold.Lease]; t != nil {
 			reply.TTL = t.span
 		}
-		if t := l.leases[r.Grant.Lease]; t != nil && c.sink.stream() != 0 {
+		if t := l.leases[r.Hold.Lease]; t != nil && c.sink.stream() != 0 {
 			t.port = c.sink.stream()
 		}
 		if c.attempt == 0 {

@@ -269,7 +269,7 @@ func (c *closing) take(l *loop) {
 	clear(p.open)
 	p.share.parked -= p.parked
 	for _, r := range unheard {
-		if r.asked != nil && r.Grant != nil {
+		if r.asked != nil && r.Hold != nil {
 			(&leave{call: r.asked, lost: c.lost}).take(l)
 		}
 	}

@@ -67,9 +67,9 @@ func TestPortAnswersEachOperation(t *testing.T) {
 		var invalid *InvalidError
 		var refusal *Refusal
 		switch {
-		case g.Err != nil || g.Op != OpAcquire || g.Grant.Token == 0 || g.TTL != time.Minute:
+		case g.Err != nil || g.Op != OpAcquire || g.Hold.Token == 0 || g.TTL != time.Minute:
 			t.Errorf("granted: %+v", g)
-		case !errors.As(got[2].Err, &held) || held.Explain.Obstacles[0].Holders[0].Token != g.Grant.Token:
+		case !errors.As(got[2].Err, &held) || held.Explain.Obstacles[0].Holders[0].Token != g.Hold.Token:
 			t.Errorf("held: %+v", got[2])
 		case !errors.As(got[3].Err, &invalid) || invalid.Field != "names":
 			t.Errorf("no names: %+v", got[3])
@@ -91,7 +91,7 @@ func TestPortAnswersEachOperation(t *testing.T) {
 			t.Errorf("refused: %+v", got[11])
 		}
 		submit(t, p, func(b *Batch) {
-			b.Release(1, ReleaseRequest{Lease: g.Grant.Lease, Token: g.Grant.Token})
+			b.Release(1, ReleaseRequest{Lease: g.Hold.Lease, Token: g.Hold.Token})
 			b.KeepAlive(2, []ID{got[4].Lease})
 			b.RevokeLease(3, got[4].Lease, "me")
 		})
@@ -116,7 +116,7 @@ func TestAWaitOnAPortHoldsUpNobody(t *testing.T) {
 		defer p.Close(false)
 		submit(t, p, func(b *Batch) { b.Acquire(1, own(1, 0, "a")) })
 		got, _ := replies(t, p)
-		holder := got[1].Grant
+		holder := got[1].Hold
 		for i := range uint64(50) {
 			submit(t, p, func(b *Batch) { b.Acquire(100+i, own(RequestID(100+i), WaitForever, "a")) })
 		}
@@ -133,7 +133,7 @@ func TestAWaitOnAPortHoldsUpNobody(t *testing.T) {
 			if len(got) != 2 || got[1].Err != nil || got[100+i].Err != nil {
 				t.Fatalf("after %d: %+v", i, got)
 			}
-			holder = got[100+i].Grant
+			holder = got[100+i].Hold
 		}
 	})
 }
@@ -274,15 +274,15 @@ func TestLossesOnAPort(t *testing.T) {
 		submit(t, q, func(b *Batch) { b.KeepAlive(1, []ID{1}) })
 		replies(t, q)
 		submit(t, p, func(b *Batch) {
-			b.Release(1, ReleaseRequest{Lease: got[3].Grant.Lease, Token: got[3].Grant.Token})
+			b.Release(1, ReleaseRequest{Lease: got[3].Hold.Lease, Token: got[3].Hold.Token})
 			b.ForceRelease(2, "forced", 0, "ops")
 			b.ForceRelease(3, "under", 0, "ops")
 		})
 		_, losses := replies(t, p)
 		want := []Loss{
-			{Lease: got[4].Grant.Lease, Token: got[4].Grant.Token, Cause: machine.EndForceReleased, By: "ops"},
-			{Lease: got[4].Grant.Lease, Cause: machine.EndForceReleased, By: "ops"},
-			{Lease: 2, Token: got[5].Grant.Token, Cause: machine.EndForceReleased, By: "ops"},
+			{Lease: got[4].Hold.Lease, Token: got[4].Hold.Token, Cause: machine.EndForceReleased, By: "ops"},
+			{Lease: got[4].Hold.Lease, Cause: machine.EndForceReleased, By: "ops"},
+			{Lease: 2, Token: got[5].Hold.Token, Cause: machine.EndForceReleased, By: "ops"},
 		}
 		if fmt.Sprint(losses) != fmt.Sprint(want) {
 			t.Errorf("losses %+v, want %+v", losses, want)

@@ -252,7 +252,7 @@ func (c *call) committed(l *loop, r machine.Result, serving bool) {
 	case c.makesLease() && !l.repeated(r.Lease):
 		c.answer(l, machine.Result{}, ErrOutcomeUnknown) // its lease is being ended
 	case !r.Waiting:
-		if r.Grant != nil {
+		if r.Hold != nil {
 			l.observer.Granted(0)
 		}
 		c.answer(l, r, nil)
@@ -291,7 +291,7 @@ func (l *loop) observe(e *Event, now time.Duration) {
 		if c := l.waiting.parked[waiterOf(e)]; c != nil && !c.givingUp {
 			l.unpark(c)
 			l.observer.Granted(max(now-c.since, 1))
-			c.answer(l, machine.Result{Lease: e.Lease, Grant: grantOf(e)}, nil)
+			c.answer(l, machine.Result{Lease: e.Lease, Hold: holdOf(e)}, nil)
 		}
 	case machine.EventHoldEnded:
 		l.waiting.over(waiterOf(e))

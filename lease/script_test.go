@@ -121,10 +121,10 @@ func (l *script) holding(batches, confirms bool) {
 
 // fill has the log hold as many batches as the manager gives it, of one grant
 // each.
-func (l *script) fill(r *rig) (list []<-chan answer[Grant]) {
+func (l *script) fill(r *rig) (list []<-chan answer[Hold]) {
 	l.holding(true, true)
 	for i := range maxFlights {
-		list = append(list, background(func() (Grant, error) { return r.own(fmt.Sprint("fill/", i), time.Hour, 0, 0) }))
+		list = append(list, background(func() (Hold, error) { return r.own(fmt.Sprint("fill/", i), time.Hour, 0, 0) }))
 	}
 	return list
 }

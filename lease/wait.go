@@ -145,7 +145,7 @@ func (l *loop) endings(f *flight) {
 // taken its place meanwhile.
 func (l *loop) waitEnded(end *call, r machine.Result) {
 	waited := end.aside.ends
-	if r.Refusal != nil || r.Grant != nil {
+	if r.Refusal != nil || r.Hold != nil {
 		return // it was over before, which its event has told or tells
 	}
 	c := l.waiting.parked[waited.key]
@@ -191,9 +191,9 @@ func (v *leave) take(l *loop) {
 	c.answer(l, machine.Result{}, context.Canceled)
 }
 
-// grantOf is the grant that an event tells of.
-func grantOf(e *Event) *machine.Grant {
-	return &machine.Grant{Lease: e.Lease, Request: e.Request, Token: e.Token, Mode: e.Mode, Since: e.Stamp, Locks: e.Locks}
+// holdOf is the grant that an event tells of.
+func holdOf(e *Event) *machine.Hold {
+	return &machine.Hold{Lease: e.Lease, Request: e.Request, Token: e.Token, Mode: e.Mode, Since: e.Stamp, Locks: e.Locks}
 }
 
 // repeated renews a lease made by an earlier attempt, whose answer may have

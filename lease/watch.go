@@ -104,7 +104,7 @@ func (w *Watcher) scan() (events []Event, err error) {
 				break
 			}
 			w.next++
-			if slices.ContainsFunc(e.Locks, func(k machine.GrantedLock) bool { return strings.HasPrefix(k.Name, w.prefix) }) {
+			if slices.ContainsFunc(e.Locks, func(k machine.HeldLock) bool { return strings.HasPrefix(k.Name, w.prefix) }) {
 				events = append(events, e)
 			}
 		}

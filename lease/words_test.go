@@ -9,12 +9,12 @@ import (
 
 // The operations in the words of the tests.
 
-func (m *Manager) Acquire(ctx context.Context, r AcquireRequest) (Grant, error) {
+func (m *Manager) Acquire(ctx context.Context, r AcquireRequest) (Hold, error) {
 	reply, err := m.Do(ctx, &r)
 	if err != nil {
-		return Grant{}, err
+		return Hold{}, err
 	}
-	return Grant{Grant: *reply.Grant, TTL: reply.TTL}, nil
+	return Hold{Hold: *reply.Hold, TTL: reply.TTL}, nil
 }
 
 func (m *Manager) Release(ctx context.Context, r ReleaseRequest) error {

@@ -64,7 +64,7 @@ func BenchmarkUnary(b *testing.B) {
 	for b.Loop() {
 		resp, err := locks.Acquire(ctx, benchAcquire(1))
 		if err == nil {
-			_, err = locks.Release(ctx, &pb.ReleaseRequest{LeaseId: resp.GetGrant().GetLeaseId(), Token: resp.GetGrant().GetToken()})
+			_, err = locks.Release(ctx, &pb.ReleaseRequest{LeaseId: resp.GetHold().GetLeaseId(), Token: resp.GetHold().GetToken()})
 		}
 		if err != nil {
 			b.Fatal(err)
@@ -105,7 +105,7 @@ func BenchmarkMultiplex(b *testing.B) {
 			acquire.Operations = append(acquire.Operations, &pb.Operation{Id: uint64(i + 1), Call: &pb.Operation_Acquire{Acquire: benchAcquire(i)}})
 		}
 		round(acquire, func(a *pb.Answer) {
-			g := a.GetAcquire().GetGrant()
+			g := a.GetAcquire().GetHold()
 			release.Operations = append(release.Operations, &pb.Operation{Id: a.GetId(), Call: &pb.Operation_Release{
 				Release: &pb.ReleaseRequest{LeaseId: g.GetLeaseId(), Token: g.GetToken()},
 			}})

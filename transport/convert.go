@@ -198,15 +198,15 @@ func tokenCheck(c lease.TokenCheck) *pb.CheckTokenResponse {
 	return &pb.CheckTokenResponse{Live: c.Live, CurrentToken: uint64(c.Current), LastToken: uint64(c.Last), Floor: uint64(c.Floor)}
 }
 
-func grant(g *machine.Grant, ttl time.Duration) *pb.Grant {
+func held(g *machine.Hold, ttl time.Duration) *pb.Hold {
 	out := wire.NewGranted()
 	fill(out, g, ttl)
-	return &out.Grant
+	return &out.Hold
 }
 
-// fill makes an empty answer that of a grant.
-func fill(p *wire.Granted, g *machine.Grant, ttl time.Duration) {
-	out := &p.Grant
+// fill makes an empty answer that of a hold.
+func fill(p *wire.Granted, g *machine.Hold, ttl time.Duration) {
+	out := &p.Hold
 	out.Token, out.LeaseId, out.Mode = uint64(g.Token), uint64(g.Lease), pb.Mode(g.Mode)
 	at := time.Unix(0, g.Since)
 	p.At.Seconds, p.At.Nanos = at.Unix(), int32(at.Nanosecond())
@@ -221,7 +221,7 @@ func fill(p *wire.Granted, g *machine.Grant, ttl time.Duration) {
 	for i, k := range g.Locks {
 		lock := &p.Lock
 		if i > 0 {
-			lock = &pb.GrantedLock{}
+			lock = &pb.HeldLock{}
 		}
 		lock.Name, lock.Floor = k.Name, uint64(k.Floor)
 		out.Locks = append(out.Locks, lock)
@@ -272,7 +272,7 @@ func leaseInfo(l lease.LeaseInfo) *pb.Lease {
 		HoldCount: int32(len(l.Holds)),
 	}
 	for i := range l.Holds[:min(len(l.Holds), machine.MaxListed)] {
-		out.Holds = append(out.Holds, grant(&l.Holds[i], 0))
+		out.Holds = append(out.Holds, held(&l.Holds[i], 0))
 	}
 	for _, w := range l.Waits {
 		out.WaitingCount += int32(len(w.Names))

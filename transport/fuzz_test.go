@@ -120,7 +120,7 @@ func FuzzAcquireRequest(f *testing.F) {
 		if answeredAny(t, err); err != nil {
 			return
 		}
-		g := reply.Grant
+		g := reply.Hold
 		if g.Token == 0 || len(g.Locks) != len(req.Names) {
 			t.Fatalf("%+v was granted %+v", req, g)
 		}

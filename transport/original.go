@@ -50,7 +50,7 @@ func (s *originalService) AcquireLock(ctx context.Context, r *original.AcquireLo
 	case err != nil:
 		return nil, err
 	}
-	g := reply.Grant
+	g := reply.Hold
 	return &original.Lock{
 		Key: r.GetKey(), Acquired: true, Clock: int64(g.Locks[0].Clock), ExpiresAt: expiresAt(g.Since + int64(ttl)),
 	}, nil

@@ -175,7 +175,7 @@ func TestWhoIsAnsweredIsNeverInDebt(t *testing.T) {
 		t.Helper()
 		got, err := locks.Acquire(soon(t), benchAcquire(i%50))
 		if err == nil {
-			_, err = locks.Release(soon(t), &pb.ReleaseRequest{LeaseId: got.GetGrant().GetLeaseId(), Token: got.GetGrant().GetToken()})
+			_, err = locks.Release(soon(t), &pb.ReleaseRequest{LeaseId: got.GetHold().GetLeaseId(), Token: got.GetHold().GetToken()})
 		}
 		if err != nil {
 			t.Fatal(err)

@@ -20,7 +20,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // manager is a Manager whose methods a test gives; the others panic.
 type manager struct {
 	Manager
-	acquire func(context.Context, lease.AcquireRequest) (lease.Grant, error)
+	acquire func(context.Context, lease.AcquireRequest) (lease.Hold, error)
 	release func(context.Context, lease.ReleaseRequest) error
 	grant   func(context.Context, lease.GrantLeaseRequest) (lease.LeaseInfo, error)
 	lease   func(lease.ID) (lease.LeaseInfo, error)
@@ -31,9 +31,9 @@ type manager struct {
 func (m *manager) Do(ctx context.Context, op lease.Operation) (r lease.Reply, err error) {
 	switch op := op.(type) {
 	case *lease.AcquireRequest:
-		var g lease.Grant
+		var g lease.Hold
 		g, err = m.acquire(ctx, *op)
-		r.Grant, r.TTL = &g.Grant, g.TTL
+		r.Hold, r.TTL = &g.Hold, g.TTL
 	case *lease.ReleaseRequest:
 		err = m.release(ctx, *op)
 	case *lease.GrantLeaseRequest:

@@ -83,10 +83,10 @@ func TestWaitingOccupiesNoWorker(t *testing.T) {
 	const parked = 50
 	entered, granted := make(chan struct{}, 2*parked), make(chan struct{})
 	r := serve(t, Config{Workers: 1, Manager: &manager{
-		acquire: func(ctx context.Context, _ lease.AcquireRequest) (lease.Grant, error) {
+		acquire: func(ctx context.Context, _ lease.AcquireRequest) (lease.Hold, error) {
 			entered <- struct{}{}
 			<-granted
-			return lease.Grant{Grant: machine.Grant{Token: 1}}, nil
+			return lease.Hold{Hold: machine.Hold{Token: 1}}, nil
 		},
 		grant: func(context.Context, lease.GrantLeaseRequest) (lease.LeaseInfo, error) {
 			entered <- struct{}{}
@@ -130,7 +130,7 @@ func TestWaitingOccupiesNoWorker(t *testing.T) {
 func TestPanicEndsOnlyItsCall(t *testing.T) {
 	core, logged := observer.New(zapcore.ErrorLevel)
 	r := serve(t, Config{Workers: 1, Logger: zap.New(core), Manager: &manager{
-		acquire: func(context.Context, lease.AcquireRequest) (lease.Grant, error) { panic("acquire") },
+		acquire: func(context.Context, lease.AcquireRequest) (lease.Hold, error) { panic("acquire") },
 		locks:   func(context.Context, string, int) ([]lease.LockInfo, bool, error) { panic("locks") },
 		release: func(context.Context, lease.ReleaseRequest) error { return nil },
 	}})
@@ -253,14 +253,14 @@ func TestStreamsPerConnectionAreBounded(t *testing.T) {
 	var now, most atomic.Int64
 	entered, proceed := make(chan struct{}, asked), make(chan struct{})
 	r := serve(t, Config{MaxStreams: bound, Manager: &manager{
-		acquire: func(context.Context, lease.AcquireRequest) (lease.Grant, error) {
+		acquire: func(context.Context, lease.AcquireRequest) (lease.Hold, error) {
 			n := now.Add(1)
 			defer now.Add(-1)
 			for m := most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {
 			}
 			entered <- struct{}{}
 			<-proceed
-			return lease.Grant{}, nil
+			return lease.Hold{}, nil
 		},
 		release: func(context.Context, lease.ReleaseRequest) error { return nil },
 	}})
@@ -419,7 +419,7 @@ func TestPagesAreBoundedInSize(t *testing.T) {
 // TestLeaseOfManyHolds shows some and counts all.
 func TestLeaseOfManyHolds(t *testing.T) {
 	r := serve(t, Config{Manager: &manager{lease: func(id lease.ID) (lease.LeaseInfo, error) {
-		info := lease.LeaseInfo{Lease: machine.Lease{ID: id, Holds: make([]machine.Grant, 100_000)}}
+		info := lease.LeaseInfo{Lease: machine.Lease{ID: id, Holds: make([]machine.Hold, 100_000)}}
 		for range 60 {
 			info.Waits = append(info.Waits, machine.Wait{Names: []string{"a", "b", "c"}})
 		}
@@ -512,11 +512,11 @@ func TestStopIsBounded(t *testing.T) {
 	var left atomic.Bool
 	entered := make(chan struct{})
 	r := serve(t, Config{Manager: &manager{
-		acquire: func(ctx context.Context, _ lease.AcquireRequest) (lease.Grant, error) {
+		acquire: func(ctx context.Context, _ lease.AcquireRequest) (lease.Hold, error) {
 			close(entered)
 			<-ctx.Done()
 			left.Store(true)
-			return lease.Grant{}, context.Cause(ctx)
+			return lease.Hold{}, context.Cause(ctx)
 		},
 	}})
 	watching, err := healthpb.NewHealthClient(r.conn).Watch(soon(t), &healthpb.HealthCheckRequest{})
@@ -553,11 +553,11 @@ func TestStopIsBounded(t *testing.T) {
 func TestOnlyALostConnectionDetaches(t *testing.T) {
 	entered, causes := make(chan struct{}), make(chan error, 1)
 	r := serve(t, Config{Manager: &manager{
-		acquire: func(ctx context.Context, _ lease.AcquireRequest) (lease.Grant, error) {
+		acquire: func(ctx context.Context, _ lease.AcquireRequest) (lease.Hold, error) {
 			entered <- struct{}{}
 			<-ctx.Done()
 			causes <- context.Cause(ctx)
-			return lease.Grant{}, context.Cause(ctx)
+			return lease.Hold{}, context.Cause(ctx)
 		},
 	}})
 	ask := func(conn *grpc.ClientConn, ctx context.Context) chan error {

@@ -59,7 +59,7 @@ func (s *lockService) Acquire(ctx context.Context, r *pb.AcquireRequest) (*pb.Ac
 	if err != nil {
 		return nil, err
 	}
-	return &pb.AcquireResponse{Grant: grant(reply.Grant, reply.TTL)}, nil
+	return &pb.AcquireResponse{Hold: held(reply.Hold, reply.TTL)}, nil
 }
 
 func (s *lockService) Release(ctx context.Context, r *pb.ReleaseRequest) (*pb.ReleaseResponse, error) {

@@ -252,9 +252,9 @@ func (w *writer) send(out *[]byte, replies []lease.Reply) error {
 
 // answer is valid until the next call.
 func (w *writer) answer(r *lease.Reply) *pb.Answer {
-	if r.Grant != nil && r.Err == nil {
+	if r.Hold != nil && r.Err == nil {
 		w.grant.Reset()
-		fill(&w.grant, r.Grant, r.TTL)
+		fill(&w.grant, r.Hold, r.TTL)
 		w.grant.Answer.Id = r.Tag
 		return &w.grant.Answer
 	}

@@ -150,7 +150,7 @@ func (b *bench) pipe(rpc multiplexClient, connection, depth int, h *hdrhistogram
 			s := &slots[a.GetId()-1]
 			switch r := a.GetResult().(type) {
 			case *pb.Answer_Acquire:
-				g := r.Acquire.GetGrant()
+				g := r.Acquire.GetHold()
 				s.released.LeaseId, s.released.Token = g.GetLeaseId(), g.GetToken()
 				out = append(out, s.release)
 			case *pb.Answer_Release:
@@ -241,7 +241,7 @@ func (m *made) chunk(b *bench, connection, from, to int, ttl func(int) time.Dura
 				return failure(f)
 			}
 			i := int(a.GetId()) - 1
-			g := a.GetAcquire().GetGrant()
+			g := a.GetAcquire().GetHold()
 			m.ids[i], m.tokens[i], m.heard[i] = g.GetLeaseId(), g.GetToken(), now
 			n++
 			count.Add(1)

@@ -168,7 +168,7 @@ func TestAttackForwarding(t *testing.T) {
 	for range 100 {
 		for what, call := range map[string]func(context.Context) error{
 			"KeepAlive": func(ctx context.Context) error {
-				_, err := leases.KeepAlive(ctx, &pb.KeepAliveRequest{LeaseIds: []uint64{held.GetGrant().GetLeaseId()}})
+				_, err := leases.KeepAlive(ctx, &pb.KeepAliveRequest{LeaseIds: []uint64{held.GetHold().GetLeaseId()}})
 				return err
 			},
 			"Grant": func(ctx context.Context) error {

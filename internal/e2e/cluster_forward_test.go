@@ -65,7 +65,7 @@ func TestClusterForwards(t *testing.T) {
 	if _, err := locks.Acquire(ctx, &pb.AcquireRequest{}); status.Code(err) != codes.InvalidArgument {
 		t.Errorf("a bad request at a follower: %v", err)
 	}
-	_, err = leases.KeepAlive(ctx, &pb.KeepAliveRequest{LeaseIds: []uint64{a.GetGrant().GetLeaseId()}})
+	_, err = leases.KeepAlive(ctx, &pb.KeepAliveRequest{LeaseIds: []uint64{a.GetHold().GetLeaseId()}})
 	ok("KeepAlive", err)
 	_, err = locks.Get(ctx, &pb.GetRequest{Name: "a"})
 	ok("Get", err)
@@ -132,7 +132,7 @@ func TestClusterForwards(t *testing.T) {
 	next := g.leader(leader)
 	waiting(2)
 	if _, err := pb.NewLockServiceClient(next.dial()).Release(ctx, &pb.ReleaseRequest{
-		LeaseId: a.GetGrant().GetLeaseId(), Token: a.GetGrant().GetToken(),
+		LeaseId: a.GetHold().GetLeaseId(), Token: a.GetHold().GetToken(),
 	}); err != nil {
 		t.Fatal(err)
 	}
@@ -172,7 +172,7 @@ func TestClusterWaitsForWhoCannotRenew(t *testing.T) {
 		go func() {
 			a, err := locks.Acquire(ctx, &pb.AcquireRequest{Names: []string{"a"}, Ttl: durationpb.New(time.Second), WaitForever: true})
 			if err == nil {
-				_, err = locks.Release(ctx, &pb.ReleaseRequest{LeaseId: a.GetGrant().GetLeaseId(), Token: a.GetGrant().GetToken()})
+				_, err = locks.Release(ctx, &pb.ReleaseRequest{LeaseId: a.GetHold().GetLeaseId(), Token: a.GetHold().GetToken()})
 			}
 			w.done <- err
 		}()
@@ -183,7 +183,7 @@ func TestClusterWaitsForWhoCannotRenew(t *testing.T) {
 	if err != nil || k.GetLock().GetWaiterCount() != 3 {
 		t.Fatalf("after four TTLs: %v %v", k, err)
 	}
-	if _, err := locks.Release(ctx, &pb.ReleaseRequest{LeaseId: held.GetGrant().GetLeaseId(), Token: held.GetGrant().GetToken()}); err != nil {
+	if _, err := locks.Release(ctx, &pb.ReleaseRequest{LeaseId: held.GetHold().GetLeaseId(), Token: held.GetHold().GetToken()}); err != nil {
 		t.Fatal(err)
 	}
 	for _, w := range waiters {

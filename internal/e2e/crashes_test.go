@@ -291,7 +291,7 @@ func (c *crasher) load(round int, after time.Duration, snapshots bool) (how stri
 }
 
 // acquire makes one attempt and records what it learns.
-func (c *crasher) acquire(ctx context.Context, locks pb.LockServiceClient, req *pb.AcquireRequest) (*pb.Grant, error) {
+func (c *crasher) acquire(ctx context.Context, locks pb.LockServiceClient, req *pb.AcquireRequest) (*pb.Hold, error) {
 	c.mu.Lock()
 	sent, again := c.asked[req.RequestId]
 	if !again {
@@ -309,12 +309,12 @@ func (c *crasher) acquire(ctx context.Context, locks pb.LockServiceClient, req *
 	delete(c.open, req.RequestId)
 	c.acquired++
 	c.recent = append(c.recent, req.Names[0])
-	g := resp.GetGrant()
+	g := resp.GetHold()
 	c.history.Add(check.Event{At: c.now(), Kind: check.Acquired, Request: req.RequestId, Token: g.GetToken(), Lease: g.GetLeaseId(), Locks: req.Names, Sent: sent, TTL: crashTTL})
 	return g, nil
 }
 
-func (c *crasher) release(ctx context.Context, locks pb.LockServiceClient, g *pb.Grant) error {
+func (c *crasher) release(ctx context.Context, locks pb.LockServiceClient, g *pb.Hold) error {
 	c.history.Add(check.Event{At: c.now(), Kind: check.Releasing, Token: g.GetToken()})
 	_, err := locks.Release(ctx, &pb.ReleaseRequest{LeaseId: g.GetLeaseId(), Name: g.GetLocks()[0].GetName(), Token: g.GetToken()})
 	if err != nil {

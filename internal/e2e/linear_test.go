@@ -384,10 +384,10 @@ func (l *linear) caller(ctx context.Context, n int, key string, lines []*line, s
 			last, token = token, 0
 		case token == 0 && k < 5:
 			id := l.next.Add(1)
-			var g *pb.Grant
+			var g *pb.Hold
 			reason, attempts, err := try(func(s *line) error {
 				resp, err := acquire(s, &pb.AcquireRequest{RequestId: id & (1<<63 - 1), Names: []string{key}, Mode: pb.Mode_MODE_EXCLUSIVE, Ttl: durationpb.New(time.Hour)})
-				g = resp.GetGrant()
+				g = resp.GetHold()
 				return err
 			})
 			switch {

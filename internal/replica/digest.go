@@ -61,8 +61,8 @@ func (c *chain) outcome(out *machine.Outcome, revision, lastToken uint64) {
 		switch r := &out.Results[i]; {
 		case r.Refusal != nil:
 			c.add(3)
-		case r.Grant != nil:
-			c.add(2, uint64(r.Grant.Token))
+		case r.Hold != nil:
+			c.add(2, uint64(r.Hold.Token))
 		case r.Waiting:
 			c.add(1)
 		default:

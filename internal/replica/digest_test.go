@@ -172,7 +172,7 @@ func TestADigestStaysWhatItIs(t *testing.T) {
 	c := chain{Begun: 5}
 	c.entry(&raft.Log{Index: 6, Term: 2, Data: []byte("batch")})
 	c.outcome(&machine.Outcome{
-		Results: []machine.Result{{}, {Waiting: true}, {Grant: &machine.Grant{Token: 9}}, {Refusal: &machine.Refusal{}}},
+		Results: []machine.Result{{}, {Waiting: true}, {Hold: &machine.Hold{Token: 9}}, {Refusal: &machine.Refusal{}}},
 		Counts:  machine.Counts{Leases: 1, Locks: 2, Waiters: 3, Holds: 4},
 	}, 7, 9)
 	c.configuration(8, raft.Configuration{Servers: []raft.Server{{ID: "n1#0123456789abcdef", Address: "h:1"}}})

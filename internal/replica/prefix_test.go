@@ -100,7 +100,7 @@ func mixed(t *testing.T, dir string, n int) []uint64 {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if g := out.Results[0].Grant; g != nil {
+		if g := out.Results[0].Hold; g != nil {
 			tokens = append(tokens, g.Token)
 		}
 		states = append(states, digest(r.fsm.store.View()))

@@ -272,7 +272,7 @@ func TestRecoverASurvivor(t *testing.T) {
 		t.Errorf("cluster %s, members %v", r.ClusterID(), r.configuration().servers)
 	}
 	out, err := propose(r, &machine.Acquire{Request: 1e6, Names: []string{"lock/0"}, Mode: machine.Exclusive, TTL: 1e9})
-	if err != nil || out.Results[0].Grant == nil || out.Results[0].Grant.Token <= res.TokensAbove {
+	if err != nil || out.Results[0].Hold == nil || out.Results[0].Hold.Token <= res.TokensAbove {
 		t.Fatalf("the first grant of the new history: %+v, %v", out, err)
 	}
 	if err := r.Close(); err != nil {

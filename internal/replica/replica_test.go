@@ -78,7 +78,7 @@ func propose(r *Replica, commands ...machine.Command) (machine.Outcome, error) {
 func acquire(t testing.TB, r *Replica, n int) {
 	t.Helper()
 	out, err := propose(r, &machine.Acquire{Request: machine.RequestID(n + 1), Names: []string{fmt.Sprintf("lock/%d", n)}, Mode: machine.Exclusive, TTL: 1e9})
-	if err != nil || out.Results[0].Grant == nil {
+	if err != nil || out.Results[0].Hold == nil {
 		t.Fatal(out, err)
 	}
 }

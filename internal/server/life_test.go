@@ -80,7 +80,7 @@ func TestStopKeepsEverything(t *testing.T) {
 		done := make(chan answer, 1)
 		go func() {
 			resp, err := r.locks().Acquire(soon(t), req)
-			done <- answer{resp.GetGrant(), err}
+			done <- answer{resp.GetHold(), err}
 		}()
 		again[req.GetOwner()] = done
 	}

@@ -24,7 +24,7 @@ func TestAcquireAndRelease(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := resp.GetGrant()
+	g := resp.GetHold()
 	if g.GetToken() == 0 || g.GetLeaseId() == 0 || g.GetTtl().AsDuration() != 10*time.Second || g.GetMode() != pb.Mode_MODE_EXCLUSIVE || g.GetRequestId() != 77 {
 		t.Errorf("granted %v", g)
 	}
@@ -33,7 +33,7 @@ func TestAcquireAndRelease(t *testing.T) {
 	}
 	// A repeat finds the same grant.
 	again, err := r.locks().Acquire(ctx, req)
-	if err != nil || again.GetGrant().GetToken() != g.GetToken() || again.GetGrant().GetLeaseId() != g.GetLeaseId() {
+	if err != nil || again.GetHold().GetToken() != g.GetToken() || again.GetHold().GetLeaseId() != g.GetLeaseId() {
 		t.Errorf("the repeat got %v, %v", again, err)
 	}
 	if h := r.get("b").GetHolders(); len(h) != 1 || h[0].GetOwner() != "me" || h[0].GetMetadata()["host"] != "h" || h[0].GetToken() != g.GetToken() {
@@ -59,9 +59,9 @@ func TestAcquireAndRelease(t *testing.T) {
 func TestSharedAndSemaphore(t *testing.T) {
 	r := start(t)
 	ctx := soon(t)
-	share := func(name string, limit uint32) (*pb.Grant, error) {
+	share := func(name string, limit uint32) (*pb.Hold, error) {
 		resp, err := r.locks().Acquire(ctx, &pb.AcquireRequest{Names: []string{name}, Mode: pb.Mode_MODE_SHARED, Limit: limit, Ttl: span(time.Minute)})
-		return resp.GetGrant(), err
+		return resp.GetHold(), err
 	}
 	first, err := share("s", 2)
 	if err != nil {
@@ -166,7 +166,7 @@ func TestAWaitThatEndsExplainsItself(t *testing.T) {
 	if len(o) != 1 || o[0].GetName() != "a" || o[0].GetPosition() != 2 || len(o[0].GetAhead()) != 1 || o[0].GetAhead()[0].GetOwner() != "bob" {
 		t.Fatalf("explained as %v", o)
 	}
-	if h := o[0].GetHolders(); len(h) != 1 || h[0].GetOwner() != "ann" || h[0].GetToken() != held.GetGrant().GetToken() || h[0].GetMetadata()["job"] != "7" {
+	if h := o[0].GetHolders(); len(h) != 1 || h[0].GetOwner() != "ann" || h[0].GetToken() != held.GetHold().GetToken() || h[0].GetMetadata()["job"] != "7" {
 		t.Errorf("holders %v", h)
 	}
 	if n := r.get("a").GetWaiterCount(); n != 1 {
@@ -174,7 +174,7 @@ func TestAWaitThatEndsExplainsItself(t *testing.T) {
 	}
 	// Its holder is lost: the lock stays closed for the lock-delay.
 	w := r.watch("a", 0)
-	if _, err := r.leases().Revoke(ctx, &pb.RevokeRequest{LeaseId: held.GetGrant().GetLeaseId(), By: "op"}); err != nil {
+	if _, err := r.leases().Revoke(ctx, &pb.RevokeRequest{LeaseId: held.GetHold().GetLeaseId(), By: "op"}); err != nil {
 		t.Fatal(err)
 	}
 	w.expect(pb.Event_KIND_ENDED, pb.Event_KIND_DELAY_STARTED)
@@ -221,7 +221,7 @@ func TestCancelledWaitLeavesTheQueue(t *testing.T) {
 	again := make(chan answer, 1)
 	go func() {
 		resp, err := r.locks().Acquire(soon(t), req)
-		again <- answer{resp.GetGrant(), err}
+		again <- answer{resp.GetHold(), err}
 	}()
 	if _, err := r.locks().Release(soon(t), &pb.ReleaseRequest{Name: "a", Token: g.GetToken()}); err != nil {
 		t.Fatal(err)
@@ -304,8 +304,8 @@ func TestLeases(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if under.GetGrant().GetTtl().AsDuration() != time.Minute {
-		t.Errorf("the grant's TTL is %v", under.GetGrant().GetTtl())
+	if under.GetHold().GetTtl().AsDuration() != time.Minute {
+		t.Errorf("the grant's TTL is %v", under.GetHold().GetTtl())
 	}
 	r.clock.Advance(20 * time.Second)
 	got, err := r.leases().Get(ctx, &pb.GetLeaseRequest{LeaseId: id})
@@ -325,7 +325,7 @@ func TestLeases(t *testing.T) {
 	if p := refused(t, err, codes.FailedPrecondition, "LEASE_ENDED"); p.GetCause() != pb.EndCause_END_CAUSE_REVOKED || p.GetBy() != "op" {
 		t.Errorf("told %v", p)
 	}
-	_, err = r.locks().Release(ctx, &pb.ReleaseRequest{LeaseId: id, Token: under.GetGrant().GetToken()})
+	_, err = r.locks().Release(ctx, &pb.ReleaseRequest{LeaseId: id, Token: under.GetHold().GetToken()})
 	if p := refused(t, err, codes.FailedPrecondition, "NOT_HELD"); p.GetBy() != "op" {
 		t.Errorf("told %v", p)
 	}
@@ -577,7 +577,7 @@ func TestWatch(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := resp.GetGrant()
+	g := resp.GetHold()
 	for _, name := range []string{"jobs/a", "jobs/b"} { // one each of the locks watched
 		if e := w.expect(pb.Event_KIND_GRANTED); e.GetName() != name || e.GetToken() != g.GetToken() || e.GetFloor() != g.GetToken() || e.GetOwner() != "me" || e.GetLeaseId() != g.GetLeaseId() || !e.GetTime().AsTime().Equal(r.clock.Now().UTC()) {
 			t.Errorf("event %v", e)
@@ -636,7 +636,7 @@ func TestAQuietWatchCanResume(t *testing.T) {
 				if err != nil {
 					return err
 				}
-				if _, err := r.locks().Release(ctx, &pb.ReleaseRequest{Name: name, Token: resp.GetGrant().GetToken()}); err != nil {
+				if _, err := r.locks().Release(ctx, &pb.ReleaseRequest{Name: name, Token: resp.GetHold().GetToken()}); err != nil {
 					return err
 				}
 			}
@@ -685,7 +685,7 @@ func TestASlowWatcherHoldsUpNobody(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		_, err = r.locks().Release(ctx, &pb.ReleaseRequest{Name: names[0], Token: resp.GetGrant().GetToken()})
+		_, err = r.locks().Release(ctx, &pb.ReleaseRequest{Name: names[0], Token: resp.GetHold().GetToken()})
 		return err
 	}
 	// Each time round is some 40 KiB of events: more than the window takes.

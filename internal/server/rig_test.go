@@ -127,17 +127,17 @@ func soon(t *testing.T) context.Context {
 func span(d time.Duration) *durationpb.Duration { return durationpb.New(d) }
 
 // acquire takes a lock with a lease of its own, at once.
-func (r *rig) acquire(name string, ttl time.Duration) *pb.Grant {
+func (r *rig) acquire(name string, ttl time.Duration) *pb.Hold {
 	r.t.Helper()
 	resp, err := r.locks().Acquire(soon(r.t), &pb.AcquireRequest{Names: []string{name}, Ttl: span(ttl), Owner: "holder"})
 	if err != nil {
 		r.t.Fatalf("acquire %s: %v", name, err)
 	}
-	return resp.GetGrant()
+	return resp.GetHold()
 }
 
 type answer struct {
-	grant *pb.Grant
+	grant *pb.Hold
 	err   error
 }
 
@@ -148,7 +148,7 @@ func (r *rig) queue(ctx context.Context, locks pb.LockServiceClient, req *pb.Acq
 	done := make(chan answer, 1)
 	go func() {
 		resp, err := locks.Acquire(ctx, req)
-		done <- answer{resp.GetGrant(), err}
+		done <- answer{resp.GetHold(), err}
 	}()
 	w.await(pb.Event_KIND_QUEUED)
 	return done

@@ -70,7 +70,7 @@ func acquireOp(id uint64, name string, wait bool) *pb.Operation {
 	}}}
 }
 
-func releaseOp(id uint64, g *pb.Grant) *pb.Operation {
+func releaseOp(id uint64, g *pb.Hold) *pb.Operation {
 	return &pb.Operation{Id: id, Call: &pb.Operation_Release{Release: &pb.ReleaseRequest{LeaseId: g.GetLeaseId(), Token: g.GetToken()}}}
 }
 
@@ -87,7 +87,7 @@ func TestMultiplexCarriesEveryOperation(t *testing.T) {
 		&pb.Operation{Id: 10},
 	)
 	got := p.hear(9) // all but the wait
-	g := got[1].GetAcquire().GetGrant()
+	g := got[1].GetAcquire().GetHold()
 	if g.GetToken() == 0 || g.GetLocks()[0].GetName() != "a" || g.GetTtl().AsDuration() != time.Minute || g.GetRequestId() != 1 {
 		t.Errorf("granted: %v", got[1])
 	}
@@ -120,7 +120,7 @@ func TestMultiplexCarriesEveryOperation(t *testing.T) {
 	}
 	p.ask(&pb.Operation{Id: 13, Call: &pb.Operation_ForceRelease{ForceRelease: &pb.ForceReleaseRequest{Name: "a", By: "ops"}}})
 	got = p.hear(2) // and the grant to whoever waited
-	next := got[3].GetAcquire().GetGrant()
+	next := got[3].GetAcquire().GetHold()
 	if got[13].GetForceRelease() == nil || next.GetToken() <= g.GetToken() {
 		t.Errorf("%v", got)
 	}
@@ -135,7 +135,7 @@ func TestMultiplexCarriesEveryOperation(t *testing.T) {
 	}
 	// Closing the sending side lets what waits finish.
 	p.ask(acquireOp(20, "c", false), acquireOp(21, "c", true))
-	g = p.hear(1)[20].GetAcquire().GetGrant()
+	g = p.hear(1)[20].GetAcquire().GetHold()
 	if err := p.CloseSend(); err != nil {
 		t.Fatal(err)
 	}

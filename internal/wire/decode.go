@@ -294,11 +294,11 @@ func acquired(data []byte) *pb.Answer {
 // piece of memory.
 type Granted struct {
 	pb.Answer
-	Grant    pb.Grant
-	TTL      durationpb.Duration   // Grant's, once it is set there
+	Hold     pb.Hold
+	TTL      durationpb.Duration   // Hold's, once it is set there
 	At       timestamppb.Timestamp // the same
-	Lock     pb.GrantedLock        // the first of Grant's, once it is set there
-	Locks    [1]*pb.GrantedLock
+	Lock     pb.HeldLock           // the first of Hold's, once it is set there
+	Locks    [1]*pb.HeldLock
 	result   pb.Answer_Acquire
 	response pb.AcquireResponse
 }
@@ -312,14 +312,14 @@ func NewGranted() *Granted {
 
 // Reset makes it what NewGranted returns.
 func (g *Granted) Reset() {
-	g.result.Acquire, g.response.Grant = &g.response, &g.Grant
+	g.result.Acquire, g.response.Hold = &g.response, &g.Hold
 	g.Answer.Id, g.Answer.Result = 0, &g.result
-	r := &g.Grant
+	r := &g.Hold
 	r.Token, r.LeaseId, r.Ttl, r.Mode, r.Locks, r.RequestId, r.GrantedAt = 0, 0, nil, 0, g.Locks[:0], 0, nil
 }
 
 func (g *Granted) decode(data []byte) bool {
-	r := &g.Grant
+	r := &g.Hold
 	return fields(data, func(field protowire.Number, number uint64, text []byte) bool {
 		if text == nil {
 			switch field {
@@ -344,7 +344,7 @@ func (g *Granted) decode(data []byte) bool {
 		case 5:
 			lock := &g.Lock
 			if len(r.Locks) > 0 {
-				lock = &pb.GrantedLock{}
+				lock = &pb.HeldLock{}
 			}
 			r.Locks = append(r.Locks, lock)
 			return fields(text, func(field protowire.Number, number uint64, text []byte) bool {

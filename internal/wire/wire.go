@@ -175,7 +175,7 @@ func AppendAnswer(b []byte, a *pb.Answer) ([]byte, error) {
 	inner := len(b)
 	switch r := a.GetResult().(type) {
 	case *pb.Answer_Acquire:
-		g := r.Acquire.GetGrant()
+		g := r.Acquire.GetHold()
 		if g == nil || !lockNames(g) {
 			break
 		}
@@ -186,7 +186,7 @@ func AppendAnswer(b []byte, a *pb.Answer) ([]byte, error) {
 	return appendMessage(b[:at], 1, a)
 }
 
-func lockNames(g *pb.Grant) bool {
+func lockNames(g *pb.Hold) bool {
 	for _, k := range g.GetLocks() {
 		if k == nil || !utf8.ValidString(k.GetName()) {
 			return false
@@ -195,7 +195,7 @@ func lockNames(g *pb.Grant) bool {
 	return true
 }
 
-func appendGrant(b []byte, g *pb.Grant) []byte {
+func appendGrant(b []byte, g *pb.Hold) []byte {
 	b = appendUint(b, 1, g.GetToken())
 	b = appendUint(b, 2, g.GetLeaseId())
 	if g.GetTtl() != nil {

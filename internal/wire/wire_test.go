@@ -47,14 +47,14 @@ func requests() []*pb.MultiplexRequest {
 }
 
 func responses() []*pb.MultiplexResponse {
-	granted := func(g *pb.Grant) *pb.Answer {
-		return &pb.Answer{Id: 1, Result: &pb.Answer_Acquire{Acquire: &pb.AcquireResponse{Grant: g}}}
+	granted := func(g *pb.Hold) *pb.Answer {
+		return &pb.Answer{Id: 1, Result: &pb.Answer_Acquire{Acquire: &pb.AcquireResponse{Hold: g}}}
 	}
 	answers := []*pb.Answer{
-		granted(&pb.Grant{Token: 5, LeaseId: 6, Ttl: &durationpb.Duration{Seconds: 30}, Mode: pb.Mode_MODE_EXCLUSIVE, RequestId: 1 << 60,
-			Locks: []*pb.GrantedLock{{Name: "orders/1", Floor: 5}}, GrantedAt: &timestamppb.Timestamp{Seconds: 1_700_000_000, Nanos: 999_999_999}}),
-		granted(&pb.Grant{Token: 5, Locks: []*pb.GrantedLock{{Name: "a"}, {Name: "b", Floor: 2}, {}}, Ttl: &durationpb.Duration{}, GrantedAt: &timestamppb.Timestamp{Seconds: -5}}),
-		granted(&pb.Grant{}),
+		granted(&pb.Hold{Token: 5, LeaseId: 6, Ttl: &durationpb.Duration{Seconds: 30}, Mode: pb.Mode_MODE_EXCLUSIVE, RequestId: 1 << 60,
+			Locks: []*pb.HeldLock{{Name: "orders/1", Floor: 5}}, GrantedAt: &timestamppb.Timestamp{Seconds: 1_700_000_000, Nanos: 999_999_999}}),
+		granted(&pb.Hold{Token: 5, Locks: []*pb.HeldLock{{Name: "a"}, {Name: "b", Floor: 2}, {}}, Ttl: &durationpb.Duration{}, GrantedAt: &timestamppb.Timestamp{Seconds: -5}}),
+		granted(&pb.Hold{}),
 		granted(nil),
 		{Id: 2, Result: &pb.Answer_Release{Release: &pb.ReleaseResponse{}}},
 		{Result: &pb.Answer_Release{}},
@@ -243,7 +243,7 @@ func TestTextIsUTF8(t *testing.T) {
 		t.Error("a release was encoded")
 	}
 	g := NewGranted()
-	g.Grant.Locks = []*pb.GrantedLock{{Name: "\xff"}}
+	g.Hold.Locks = []*pb.HeldLock{{Name: "\xff"}}
 	if _, err := AppendAnswer(nil, &g.Answer); err == nil {
 		t.Error("an answer was encoded")
 	}
@@ -380,7 +380,7 @@ func TestEveryFieldIsCarried(t *testing.T) {
 		})
 	}
 	for _, a := range []*pb.Answer{
-		{Id: 1, Result: &pb.Answer_Acquire{Acquire: &pb.AcquireResponse{Grant: &pb.Grant{Token: 1, Locks: []*pb.GrantedLock{{Name: "a"}}}}}},
+		{Id: 1, Result: &pb.Answer_Acquire{Acquire: &pb.AcquireResponse{Hold: &pb.Hold{Token: 1, Locks: []*pb.HeldLock{{Name: "a"}}}}}},
 		{Id: 1, Result: &pb.Answer_Release{Release: &pb.ReleaseResponse{}}},
 	} {
 		each(a.ProtoReflect(), func(field string) {

@@ -100,7 +100,7 @@ func (m *Machine) acquire(c *Acquire) Result {
 		m.enterQueues(l, a)
 		return Result{Lease: l.id, Waiting: true}
 	}
-	return Result{Lease: l.id, Grant: a.granted(m.grant(l, a))}
+	return Result{Lease: l.id, Hold: a.granted(m.grant(l, a))}
 }
 
 // invalid names the field that no valid request has so; requests are
@@ -166,28 +166,28 @@ func (a *acquisition) result() Result {
 	if a.token == 0 {
 		return Result{Lease: a.lease, Waiting: true}
 	}
-	return Result{Lease: a.lease, Grant: a.granted(a.locks())}
+	return Result{Lease: a.lease, Hold: a.granted(a.locks())}
 }
 
 // granted shows a granted acquisition, whose locks() are given.
-func (a *acquisition) granted(locks []GrantedLock) *Grant {
-	return &Grant{Lease: a.lease, Request: a.request, Token: a.token, Mode: a.mode, Since: a.since, Locks: locks}
+func (a *acquisition) granted(locks []HeldLock) *Hold {
+	return &Hold{Lease: a.lease, Request: a.request, Token: a.token, Mode: a.mode, Since: a.since, Locks: locks}
 }
 
-func (a *acquisition) locks() []GrantedLock {
-	return a.appendLocks(make([]GrantedLock, 0, len(a.names())))
+func (a *acquisition) locks() []HeldLock {
+	return a.appendLocks(make([]HeldLock, 0, len(a.names())))
 }
 
-func (a *acquisition) appendLocks(list []GrantedLock) []GrantedLock {
+func (a *acquisition) appendLocks(list []HeldLock) []HeldLock {
 	for i, name := range a.names() {
-		list = append(list, GrantedLock{Name: name, Floor: a.floor(i), Clock: a.clock(i)})
+		list = append(list, HeldLock{Name: name, Floor: a.floor(i), Clock: a.clock(i)})
 	}
 	return list
 }
 
 // locksOf is locks, for an event: out of a piece of memory that all of a
 // batch's events share, as long as there is room.
-func (m *Machine) locksOf(a *acquisition) []GrantedLock {
+func (m *Machine) locksOf(a *acquisition) []HeldLock {
 	from := len(m.listed)
 	if from+len(a.names()) > cap(m.listed) {
 		return a.locks()
@@ -226,7 +226,7 @@ func (k *lock) admits(mode Mode, limit uint32) bool {
 // grant gives an acquisition its locks, all of which admit it, under the next
 // token. Its record is the caller's to change. It returns what the event has of
 // the locks, which nobody changes.
-func (m *Machine) grant(l *lease, a *acquisition) []GrantedLock {
+func (m *Machine) grant(l *lease, a *acquisition) []HeldLock {
 	m.minted++
 	a.token, a.since = fence.Token(m.minted), m.stamp
 	for i, name := range a.names() {

@@ -40,7 +40,7 @@ func TestAbandonedIDsAreBounded(t *testing.T) {
 			t.Fatalf("%+v", r.Refusal)
 		}
 	}
-	if r := do(m, &Acquire{Lease: id, Request: 1 << 40, Names: []string{"a"}, Mode: Exclusive}); r.Grant == nil {
+	if r := do(m, &Acquire{Lease: id, Request: 1 << 40, Names: []string{"a"}, Mode: Exclusive}); r.Hold == nil {
 		t.Fatalf("%+v", r)
 	}
 }
@@ -55,10 +55,10 @@ func TestOneLongWaitCostsNothing(t *testing.T) {
 	}
 	for i := RequestID(2); i < 200_000; i++ {
 		r := do(m, &Acquire{Lease: id, Request: i, LowestOpen: 1, Names: []string{"a"}, Mode: Exclusive})
-		if r.Grant == nil {
+		if r.Hold == nil {
 			t.Fatalf("request %d: %+v", i, r.Refusal)
 		}
-		do(m, &Release{Lease: id, Token: r.Grant.Token})
+		do(m, &Release{Lease: id, Token: r.Hold.Token})
 	}
 	if n := m.lease(id).session.spans; n != 1 {
 		t.Errorf("%d runs of ended requests", n)
@@ -80,13 +80,13 @@ func TestAReleaseOfAForgottenTokenIsRefused(t *testing.T) {
 	m := New(0)
 	id := do(m, &GrantLease{TTL: 1}).Lease
 	other := do(m, &GrantLease{TTL: 1}).Lease
-	hold := func(lease LeaseID, request RequestID, name string) *Grant {
+	hold := func(lease LeaseID, request RequestID, name string) *Hold {
 		t.Helper()
 		r := do(m, &Acquire{Lease: lease, Request: request, Names: []string{name}, Mode: Exclusive})
-		if r.Grant == nil {
+		if r.Hold == nil {
 			t.Fatalf("%+v", r)
 		}
-		return r.Grant
+		return r.Hold
 	}
 	// The first of 65 that are force-released, and one of another lease.
 	first := hold(id, 1, "a1")
@@ -151,14 +151,14 @@ func TestAGrantLetsThoseBehindItIn(t *testing.T) {
 	ask := func(request RequestID, mode Mode, names ...string) Result {
 		return do(m, &Acquire{Request: request, Names: names, Mode: mode, TTL: 1, Wait: true})
 	}
-	holder := ask(1, Exclusive, "a").Grant
+	holder := ask(1, Exclusive, "a").Hold
 	ask(2, Shared, "a", "b") // the first in line at b, for the sake of a
 	ask(3, Shared, "b")
 	ask(4, Shared, "b", "c")
 	ask(5, Shared, "c")
 	do(m, &Release{Token: holder.Token})
 	for request := RequestID(2); request <= 5; request++ {
-		if r, ok := m.Find(0, request); !ok || r.Grant == nil {
+		if r, ok := m.Find(0, request); !ok || r.Hold == nil {
 			t.Errorf("request %d is not granted: %+v", request, r)
 		}
 	}
@@ -224,7 +224,7 @@ func TestRequestsAbandonedTogether(t *testing.T) {
 			t.Errorf("request %d is granted with token %d and floor %d", e.Request, e.Token, e.Locks[0].Floor)
 		}
 	}
-	if r, ok := m.Find(0, 4); !ok || r.Grant == nil {
+	if r, ok := m.Find(0, 4); !ok || r.Hold == nil {
 		t.Errorf("%+v", r)
 	}
 }
@@ -234,7 +234,7 @@ func TestRequestsAbandonedTogether(t *testing.T) {
 func TestAReleaseUnderAnothersRequest(t *testing.T) {
 	m := New(0)
 	id := do(m, &GrantLease{TTL: 1}).Lease
-	g := do(m, &Acquire{Request: 1, Names: []string{"a"}, Mode: Exclusive, TTL: 1}).Grant
+	g := do(m, &Acquire{Request: 1, Names: []string{"a"}, Mode: Exclusive, TTL: 1}).Hold
 	do(m, &Release{Name: "a", Token: g.Token})
 	do(m, &Abandon{Lease: id, Request: 7})
 	if r := do(m, &Release{Lease: id, Token: g.Token, Request: 7}); r.Refusal == nil || r.Refusal.Reason != ReasonNotHeld {

@@ -231,7 +231,7 @@ func TestTokensEndBelowTwoToThe53(t *testing.T) {
 		&Acquire{Request: 3, Names: []string{"a"}, Mode: Exclusive, TTL: 1, Wait: true},
 		&Release{Name: "a", Token: fence.MaxToken},
 	}})
-	if g := out.Results[0].Grant; g == nil || g.Token != fence.MaxToken {
+	if g := out.Results[0].Hold; g == nil || g.Token != fence.MaxToken {
 		t.Fatalf("%+v", out.Results[0])
 	}
 	if r := out.Results[1].Refusal; r == nil || r.Reason != ReasonTokensExhausted {
@@ -255,7 +255,7 @@ func BenchmarkAcquireRelease(b *testing.B) {
 			for b.Loop() {
 				req++
 				out := m.Apply(Batch{Commands: []Command{&Acquire{Request: req, Names: names, Mode: Exclusive, TTL: 1}}})
-				m.Apply(Batch{Commands: []Command{&Release{Name: "mine", Token: out.Results[0].Grant.Token}}})
+				m.Apply(Batch{Commands: []Command{&Release{Name: "mine", Token: out.Results[0].Hold.Token}}})
 			}
 		})
 	}

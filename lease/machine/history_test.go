@@ -44,7 +44,7 @@ func TestNewHistory(t *testing.T) {
 	}
 	again := restored(t, snapshotOf(t, m))
 	out := again.Apply(Batch{Commands: []Command{&Acquire{Request: 5, Names: []string{"c"}, Mode: Exclusive, TTL: 1}}})
-	if g := out.Results[0].Grant; g == nil || g.Token <= above || uint64(g.Lease) <= ids+HistoryGap {
+	if g := out.Results[0].Hold; g == nil || g.Token <= above || uint64(g.Lease) <= ids+HistoryGap {
 		t.Errorf("%+v", out.Results[0])
 	}
 	if above, err = m.NewHistory(1<<50, 8); err != nil || above != 1<<50 {

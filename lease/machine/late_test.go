@@ -16,7 +16,7 @@ func TestALateDuplicateIsRefusedAfterARestore(t *testing.T) {
 		}}).Results[0]
 	}
 	for _, r := range []RequestID{3, 5} {
-		g := acquire(m, r).Grant
+		g := acquire(m, r).Hold
 		if g == nil {
 			t.Fatalf("request %d is not granted", r)
 		}
@@ -36,7 +36,7 @@ func TestALateDuplicateIsRefusedAfterARestore(t *testing.T) {
 				t.Errorf("request %d, late: %+v", r, got)
 			}
 		}
-		if got := acquire(m, 4); got.Grant == nil {
+		if got := acquire(m, 4); got.Hold == nil {
 			t.Errorf("request 4, in time: %+v", got)
 		}
 	}

@@ -27,8 +27,8 @@ type Machine struct {
 	// Of the batch being applied.
 	stamp  int64
 	events []Event
-	listed []GrantedLock // of the events, which share its memory
-	dirty  []string      // locks to look at again once the command is done
+	listed []HeldLock // of the events, which share its memory
+	dirty  []string   // locks to look at again once the command is done
 }
 
 // View is what a Machine was when Copy made it: to be listed and snapshotted
@@ -316,7 +316,7 @@ func (m *Machine) Copy() *View {
 func (m *Machine) Apply(b Batch) Outcome {
 	// Most commands are an acquisition or its release, of two events each.
 	m.stamp, m.events = b.Stamp, make([]Event, 0, 2*len(b.Commands))
-	m.listed = make([]GrantedLock, 0, len(b.Commands))
+	m.listed = make([]HeldLock, 0, len(b.Commands))
 	results := make([]Result, len(b.Commands))
 	for i, c := range b.Commands {
 		results[i] = m.apply(c, b.Term)

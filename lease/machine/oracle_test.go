@@ -483,10 +483,10 @@ func (o *oracle) settle(t interface{ Fatalf(string, ...any) }, m *Machine) {
 				continue
 			}
 			found, ok := m.Find(a.lease, a.c.Request)
-			if !ok || found.Grant == nil {
+			if !ok || found.Hold == nil {
 				t.Fatalf("lease %d request %d can be granted and is not", a.lease, a.c.Request)
 			}
-			a.token = found.Grant.Token
+			a.token = found.Hold.Token
 			if a.token <= before {
 				t.Fatalf("token %d minted after %d", a.token, before)
 			}
@@ -497,7 +497,7 @@ func (o *oracle) settle(t interface{ Fatalf(string, ...any) }, m *Machine) {
 				delete(o.marks, a.lease)
 			}
 			o.mintedBy[a.token], o.max = a.lease, max(o.max, a.token)
-			for _, k := range found.Grant.Locks {
+			for _, k := range found.Hold.Locks {
 				a.floors, a.clocks = append(a.floors, k.Floor), append(a.clocks, k.Clock)
 			}
 			again = true
@@ -869,8 +869,8 @@ func TestOracle(t *testing.T) {
 				}
 			}
 			o.settle(t, m)
-			if got.Waiting != want.waiting || (got.Grant != nil) != want.granted {
-				t.Fatalf("step %d %T%+v: waiting %v granted %v, want %v %v", step, c, c, got.Waiting, got.Grant != nil, want.waiting, want.granted)
+			if got.Waiting != want.waiting || (got.Hold != nil) != want.granted {
+				t.Fatalf("step %d %T%+v: waiting %v granted %v, want %v %v", step, c, c, got.Waiting, got.Hold != nil, want.waiting, want.granted)
 			}
 			if a, b := show(&m.state), o.show(); a != b {
 				t.Fatalf("step %d %T%+v\nmachine:\n%s\noracle:\n%s", step, c, c, a, b)

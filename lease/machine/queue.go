@@ -174,8 +174,8 @@ func (m *Machine) grantable(a *acquisition) bool {
 	return true
 }
 
-func named(names []string) []GrantedLock {
-	list := make([]GrantedLock, len(names))
+func named(names []string) []HeldLock {
+	list := make([]HeldLock, len(names))
 	for i, name := range names {
 		list[i].Name = name
 	}

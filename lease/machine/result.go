@@ -17,25 +17,25 @@ type Result struct {
 	// Lease is set by GrantLease, and by Acquire (its own lease or the one
 	// named), granted or waiting.
 	Lease LeaseID
-	// Grant is set by an Acquire that is granted, at once or by an earlier
+	// Hold is set by an Acquire that is granted, at once or by an earlier
 	// attempt with the same request id. Nil while it waits.
-	Grant *Grant
+	Hold *Hold
 	// Waiting is true for an Acquire that has a place in its queues.
 	Waiting bool
 }
 
-// Grant is an acquisition that has its locks.
-type Grant struct {
+// Hold is an acquisition that has its locks.
+type Hold struct {
 	Lease   LeaseID
 	Request RequestID
 	Token   fence.Token
 	Mode    Mode
 	Since   int64 // wall clock stamp of the grant, for display
-	Locks   []GrantedLock
+	Locks   []HeldLock
 }
 
-// GrantedLock is one lock of a grant with the floor it had at that moment.
-type GrantedLock struct {
+// HeldLock is one lock of a grant with the floor it had at that moment.
+type HeldLock struct {
 	Name  string
 	Floor fence.Token
 	Clock uint64 // of a declared lock; 0 otherwise
@@ -191,7 +191,7 @@ type Lease struct {
 	Since    int64
 	Own      bool      // made with an acquisition, ends with it
 	Request  RequestID // of the GrantLease or Acquire that made it
-	Holds    []Grant   // in token order
+	Holds    []Hold    // in token order
 	Waits    []Wait    // in order of request
 }
 
@@ -242,7 +242,7 @@ type Event struct {
 	Request   RequestID
 	Owner     string
 	Token     fence.Token
-	Locks     []GrantedLock
+	Locks     []HeldLock
 	By        string
 	TTL       Duration // EventLeaseGranted
 	Delay     Delay

@@ -152,9 +152,9 @@ func describe(r Result) string {
 	switch {
 	case r.Refusal != nil:
 		return fmt.Sprintf("refused %s: %s", r.Refusal.Reason, r.Refusal.Error())
-	case r.Grant != nil:
-		s := fmt.Sprintf("granted token %d under lease %d:", r.Grant.Token, r.Grant.Lease)
-		for _, k := range r.Grant.Locks {
+	case r.Hold != nil:
+		s := fmt.Sprintf("granted token %d under lease %d:", r.Hold.Token, r.Hold.Lease)
+		for _, k := range r.Hold.Locks {
 			s += fmt.Sprintf(" %s floor %d", k.Name, k.Floor)
 			if k.Clock > 0 {
 				s += fmt.Sprintf(" clock %d", k.Clock)

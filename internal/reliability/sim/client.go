@@ -230,7 +230,7 @@ func (c *client) probe() {
 		}
 		if err == nil {
 			c.record(check.Event{Kind: check.Progressed, Sent: sent})
-			c.release(0, name, uint64(v.(lease.Grant).Token))
+			c.release(0, name, uint64(v.(lease.Hold).Token))
 		}
 		if !c.sleep(100 * time.Millisecond) {
 			return
@@ -392,7 +392,7 @@ func (c *client) sharedLease() {
 }
 
 // acquire asks until it is answered, or no longer wants to know.
-func (c *client) acquire(w *want) (g lease.Grant, sent time.Duration, ok bool) {
+func (c *client) acquire(w *want) (g lease.Hold, sent time.Duration, ok bool) {
 	who := c.who
 	began := c.w.time()
 	c.record(check.Event{Kind: check.Asked, Request: w.request, Sent: began, Forever: w.wait == lease.WaitForever})
@@ -423,7 +423,7 @@ func (c *client) acquire(w *want) (g lease.Grant, sent time.Duration, ok bool) {
 			if err != nil {
 				return
 			}
-			g := v.(lease.Grant)
+			g := v.(lease.Hold)
 			e := check.Event{Kind: check.Acquired, Who: who, Request: w.request, Lease: uint64(g.Lease), Token: uint64(g.Token), Locks: w.names, Sent: began, TTL: g.TTL}
 			c.w.record(e)
 			if w.lease == 0 {
@@ -433,7 +433,7 @@ func (c *client) acquire(w *want) (g lease.Grant, sent time.Duration, ok bool) {
 		})
 		switch {
 		case err == nil:
-			return v.(lease.Grant), sent, true
+			return v.(lease.Hold), sent, true
 		case err == errKilled:
 			return g, 0, false
 		case !open(err):
@@ -464,7 +464,7 @@ func (c *client) acquire(w *want) (g lease.Grant, sent time.Duration, ok bool) {
 
 // serveAcquire is the server's side of the call. Whatever ends it may give the
 // lease its time anew.
-func (c *client) serveAcquire(ctx context.Context, m *lease.Manager, w *want, wait time.Duration) (lease.Grant, error) {
+func (c *client) serveAcquire(ctx context.Context, m *lease.Manager, w *want, wait time.Duration) (lease.Hold, error) {
 	g, err := words{m}.Acquire(ctx, lease.AcquireRequest{
 		Lease: w.lease, Request: w.id, LowestOpen: w.lowest, Names: w.names, Mode: w.mode, Limit: w.limit,
 		Wait: wait, LockDelay: w.delay, TTL: w.ttl,
@@ -522,7 +522,7 @@ type held struct {
 }
 
 type hold struct {
-	grant lease.Grant
+	grant lease.Hold
 	limit uint32
 }
 

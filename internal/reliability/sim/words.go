@@ -10,12 +10,12 @@ import (
 // words are a manager's operations in the words of the clients here.
 type words struct{ *lease.Manager }
 
-func (w words) Acquire(ctx context.Context, r lease.AcquireRequest) (lease.Grant, error) {
+func (w words) Acquire(ctx context.Context, r lease.AcquireRequest) (lease.Hold, error) {
 	reply, err := w.Do(ctx, &r)
 	if err != nil {
-		return lease.Grant{}, err
+		return lease.Hold{}, err
 	}
-	return lease.Grant{Grant: *reply.Grant, TTL: reply.TTL}, nil
+	return lease.Hold{Hold: *reply.Hold, TTL: reply.TTL}, nil
 }
 
 func (w words) Release(ctx context.Context, r lease.ReleaseRequest) error {

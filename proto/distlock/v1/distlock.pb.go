@@ -433,7 +433,7 @@ func (x *AcquireRequest) GetAttempt() uint32 {
 
 type AcquireResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Grant         *Grant                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"`
+	Hold          *Hold                  `protobuf:"bytes,1,opt,name=hold,proto3" json:"hold,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -468,15 +468,15 @@ func (*AcquireResponse) Descriptor() ([]byte, []int) {
 	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{1}
 }
 
-func (x *AcquireResponse) GetGrant() *Grant {
+func (x *AcquireResponse) GetHold() *Hold {
 	if x != nil {
-		return x.Grant
+		return x.Hold
 	}
 	return nil
 }
 
-// Grant is an acquisition that has its locks.
-type Grant struct {
+// Hold is an acquisition that has its locks.
+type Hold struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Token   uint64                 `protobuf:"varint,1,opt,name=token,proto3" json:"token,omitempty"`
 	LeaseId uint64                 `protobuf:"varint,2,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
@@ -484,27 +484,27 @@ type Grant struct {
 	// waited, from the client's last acknowledged renewal.
 	Ttl           *durationpb.Duration   `protobuf:"bytes,3,opt,name=ttl,proto3" json:"ttl,omitempty"`
 	Mode          Mode                   `protobuf:"varint,4,opt,name=mode,proto3,enum=distlock.v1.Mode" json:"mode,omitempty"`
-	Locks         []*GrantedLock         `protobuf:"bytes,5,rep,name=locks,proto3" json:"locks,omitempty"`
+	Locks         []*HeldLock            `protobuf:"bytes,5,rep,name=locks,proto3" json:"locks,omitempty"`
 	RequestId     uint64                 `protobuf:"varint,6,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	GrantedAt     *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=granted_at,json=grantedAt,proto3" json:"granted_at,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *Grant) Reset() {
-	*x = Grant{}
+func (x *Hold) Reset() {
+	*x = Hold{}
 	mi := &file_distlock_v1_distlock_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *Grant) String() string {
+func (x *Hold) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*Grant) ProtoMessage() {}
+func (*Hold) ProtoMessage() {}
 
-func (x *Grant) ProtoReflect() protoreflect.Message {
+func (x *Hold) ProtoReflect() protoreflect.Message {
 	mi := &file_distlock_v1_distlock_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -516,61 +516,61 @@ func (x *Grant) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use Grant.ProtoReflect.Descriptor instead.
-func (*Grant) Descriptor() ([]byte, []int) {
+// Deprecated: Use Hold.ProtoReflect.Descriptor instead.
+func (*Hold) Descriptor() ([]byte, []int) {
 	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{2}
 }
 
-func (x *Grant) GetToken() uint64 {
+func (x *Hold) GetToken() uint64 {
 	if x != nil {
 		return x.Token
 	}
 	return 0
 }
 
-func (x *Grant) GetLeaseId() uint64 {
+func (x *Hold) GetLeaseId() uint64 {
 	if x != nil {
 		return x.LeaseId
 	}
 	return 0
 }
 
-func (x *Grant) GetTtl() *durationpb.Duration {
+func (x *Hold) GetTtl() *durationpb.Duration {
 	if x != nil {
 		return x.Ttl
 	}
 	return nil
 }
 
-func (x *Grant) GetMode() Mode {
+func (x *Hold) GetMode() Mode {
 	if x != nil {
 		return x.Mode
 	}
 	return Mode_MODE_UNSPECIFIED
 }
 
-func (x *Grant) GetLocks() []*GrantedLock {
+func (x *Hold) GetLocks() []*HeldLock {
 	if x != nil {
 		return x.Locks
 	}
 	return nil
 }
 
-func (x *Grant) GetRequestId() uint64 {
+func (x *Hold) GetRequestId() uint64 {
 	if x != nil {
 		return x.RequestId
 	}
 	return 0
 }
 
-func (x *Grant) GetGrantedAt() *timestamppb.Timestamp {
+func (x *Hold) GetGrantedAt() *timestamppb.Timestamp {
 	if x != nil {
 		return x.GrantedAt
 	}
 	return nil
 }
 
-type GrantedLock struct {
+type HeldLock struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Floor         uint64                 `protobuf:"varint,2,opt,name=floor,proto3" json:"floor,omitempty"`
@@ -578,20 +578,20 @@ type GrantedLock struct {
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *GrantedLock) Reset() {
-	*x = GrantedLock{}
+func (x *HeldLock) Reset() {
+	*x = HeldLock{}
 	mi := &file_distlock_v1_distlock_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *GrantedLock) String() string {
+func (x *HeldLock) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*GrantedLock) ProtoMessage() {}
+func (*HeldLock) ProtoMessage() {}
 
-func (x *GrantedLock) ProtoReflect() protoreflect.Message {
+func (x *HeldLock) ProtoReflect() protoreflect.Message {
 	mi := &file_distlock_v1_distlock_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -603,19 +603,19 @@ func (x *GrantedLock) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use GrantedLock.ProtoReflect.Descriptor instead.
-func (*GrantedLock) Descriptor() ([]byte, []int) {
+// Deprecated: Use HeldLock.ProtoReflect.Descriptor instead.
+func (*HeldLock) Descriptor() ([]byte, []int) {
 	return file_distlock_v1_distlock_proto_rawDescGZIP(), []int{3}
 }
 
-func (x *GrantedLock) GetName() string {
+func (x *HeldLock) GetName() string {
 	if x != nil {
 		return x.Name
 	}
 	return ""
 }
 
-func (x *GrantedLock) GetFloor() uint64 {
+func (x *HeldLock) GetFloor() uint64 {
 	if x != nil {
 		return x.Floor
 	}
@@ -629,7 +629,7 @@ type ReleaseRequest struct {
 	LeaseId uint64 `protobuf:"varint,2,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
 	// One of the hold's locks; required without lease_id.
 	Name string `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
-	// The request_id of the grant, with lease_id: a repeat is answered right
+	// The request_id of the hold, with lease_id: a repeat is answered right
 	// however much has ended since. Optional.
 	RequestId     uint64 `protobuf:"varint,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -2474,7 +2474,7 @@ type Lease struct {
 	Metadata  map[string]string      `protobuf:"bytes,5,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	GrantedAt *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=granted_at,json=grantedAt,proto3" json:"granted_at,omitempty"`
 	// At most 100; hold_count counts all.
-	Holds []*Grant `protobuf:"bytes,7,rep,name=holds,proto3" json:"holds,omitempty"`
+	Holds []*Hold `protobuf:"bytes,7,rep,name=holds,proto3" json:"holds,omitempty"`
 	// Locks it waits for, at most 100; waiting_count counts all.
 	WaitingFor []string `protobuf:"bytes,8,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`
 	// Made with an acquisition, ends with it.
@@ -2557,7 +2557,7 @@ func (x *Lease) GetGrantedAt() *timestamppb.Timestamp {
 	return nil
 }
 
-func (x *Lease) GetHolds() []*Grant {
+func (x *Lease) GetHolds() []*Hold {
 	if x != nil {
 		return x.Holds
 	}
@@ -3804,7 +3804,7 @@ type KeepAliveResponse_Request struct {
 	// Time to live from receipt; absent when the lease is gone.
 	Ttl *durationpb.Duration `protobuf:"bytes,3,opt,name=ttl,proto3" json:"ttl,omitempty"`
 	// It has a place in its queues. Otherwise it was granted: a repeat of the
-	// Acquire gets the grant.
+	// Acquire gets the hold.
 	Waiting bool `protobuf:"varint,4,opt,name=waiting,proto3" json:"waiting,omitempty"`
 	// A call waits here for its grant. Otherwise a repeat should.
 	Attached bool `protobuf:"varint,5,opt,name=attached,proto3" json:"attached,omitempty"`
@@ -3912,20 +3912,20 @@ const file_distlock_v1_distlock_proto_rawDesc = "" +
 	"\aattempt\x18\x0e \x01(\rR\aattempt\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\";\n" +
-	"\x0fAcquireResponse\x12(\n" +
-	"\x05grant\x18\x01 \x01(\v2\x12.distlock.v1.GrantR\x05grant\"\x96\x02\n" +
-	"\x05Grant\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"8\n" +
+	"\x0fAcquireResponse\x12%\n" +
+	"\x04hold\x18\x01 \x01(\v2\x11.distlock.v1.HoldR\x04hold\"\x92\x02\n" +
+	"\x04Hold\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\x04R\x05token\x12\x19\n" +
 	"\blease_id\x18\x02 \x01(\x04R\aleaseId\x12+\n" +
 	"\x03ttl\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\x12%\n" +
-	"\x04mode\x18\x04 \x01(\x0e2\x11.distlock.v1.ModeR\x04mode\x12.\n" +
-	"\x05locks\x18\x05 \x03(\v2\x18.distlock.v1.GrantedLockR\x05locks\x12\x1d\n" +
+	"\x04mode\x18\x04 \x01(\x0e2\x11.distlock.v1.ModeR\x04mode\x12+\n" +
+	"\x05locks\x18\x05 \x03(\v2\x15.distlock.v1.HeldLockR\x05locks\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x06 \x01(\x04R\trequestId\x129\n" +
 	"\n" +
-	"granted_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\tgrantedAt\"7\n" +
-	"\vGrantedLock\x12\x12\n" +
+	"granted_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\tgrantedAt\"4\n" +
+	"\bHeldLock\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05floor\x18\x02 \x01(\x04R\x05floor\"t\n" +
 	"\x0eReleaseRequest\x12\x14\n" +
@@ -4100,7 +4100,7 @@ const file_distlock_v1_distlock_proto_rawDesc = "" +
 	"\vconsistency\x18\x03 \x01(\x0e2\x18.distlock.v1.ConsistencyR\vconsistency\"h\n" +
 	"\x12ListLeasesResponse\x12*\n" +
 	"\x06leases\x18\x01 \x03(\v2\x12.distlock.v1.LeaseR\x06leases\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xf5\x03\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xf4\x03\n" +
 	"\x05Lease\x12\x19\n" +
 	"\blease_id\x18\x01 \x01(\x04R\aleaseId\x12+\n" +
 	"\x03ttl\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\x127\n" +
@@ -4108,8 +4108,8 @@ const file_distlock_v1_distlock_proto_rawDesc = "" +
 	"\x05owner\x18\x04 \x01(\tR\x05owner\x12<\n" +
 	"\bmetadata\x18\x05 \x03(\v2 .distlock.v1.Lease.MetadataEntryR\bmetadata\x129\n" +
 	"\n" +
-	"granted_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tgrantedAt\x12(\n" +
-	"\x05holds\x18\a \x03(\v2\x12.distlock.v1.GrantR\x05holds\x12\x1f\n" +
+	"granted_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tgrantedAt\x12'\n" +
+	"\x05holds\x18\a \x03(\v2\x11.distlock.v1.HoldR\x05holds\x12\x1f\n" +
 	"\vwaiting_for\x18\b \x03(\tR\n" +
 	"waitingFor\x12\x10\n" +
 	"\x03own\x18\t \x01(\bR\x03own\x12\x1d\n" +
@@ -4268,8 +4268,8 @@ var file_distlock_v1_distlock_proto_goTypes = []any{
 	(Event_Kind)(0),                    // 3: distlock.v1.Event.Kind
 	(*AcquireRequest)(nil),             // 4: distlock.v1.AcquireRequest
 	(*AcquireResponse)(nil),            // 5: distlock.v1.AcquireResponse
-	(*Grant)(nil),                      // 6: distlock.v1.Grant
-	(*GrantedLock)(nil),                // 7: distlock.v1.GrantedLock
+	(*Hold)(nil),                       // 6: distlock.v1.Hold
+	(*HeldLock)(nil),                   // 7: distlock.v1.HeldLock
 	(*ReleaseRequest)(nil),             // 8: distlock.v1.ReleaseRequest
 	(*ReleaseResponse)(nil),            // 9: distlock.v1.ReleaseResponse
 	(*AbandonRequest)(nil),             // 10: distlock.v1.AbandonRequest
@@ -4333,11 +4333,11 @@ var file_distlock_v1_distlock_proto_depIdxs = []int32{
 	62, // 2: distlock.v1.AcquireRequest.wait:type_name -> google.protobuf.Duration
 	62, // 3: distlock.v1.AcquireRequest.lock_delay:type_name -> google.protobuf.Duration
 	55, // 4: distlock.v1.AcquireRequest.metadata:type_name -> distlock.v1.AcquireRequest.MetadataEntry
-	6,  // 5: distlock.v1.AcquireResponse.grant:type_name -> distlock.v1.Grant
-	62, // 6: distlock.v1.Grant.ttl:type_name -> google.protobuf.Duration
-	1,  // 7: distlock.v1.Grant.mode:type_name -> distlock.v1.Mode
-	7,  // 8: distlock.v1.Grant.locks:type_name -> distlock.v1.GrantedLock
-	63, // 9: distlock.v1.Grant.granted_at:type_name -> google.protobuf.Timestamp
+	6,  // 5: distlock.v1.AcquireResponse.hold:type_name -> distlock.v1.Hold
+	62, // 6: distlock.v1.Hold.ttl:type_name -> google.protobuf.Duration
+	1,  // 7: distlock.v1.Hold.mode:type_name -> distlock.v1.Mode
+	7,  // 8: distlock.v1.Hold.locks:type_name -> distlock.v1.HeldLock
+	63, // 9: distlock.v1.Hold.granted_at:type_name -> google.protobuf.Timestamp
 	0,  // 10: distlock.v1.GetRequest.consistency:type_name -> distlock.v1.Consistency
 	16, // 11: distlock.v1.GetResponse.lock:type_name -> distlock.v1.Lock
 	0,  // 12: distlock.v1.ListRequest.consistency:type_name -> distlock.v1.Consistency
@@ -4372,7 +4372,7 @@ var file_distlock_v1_distlock_proto_depIdxs = []int32{
 	62, // 41: distlock.v1.Lease.remaining:type_name -> google.protobuf.Duration
 	61, // 42: distlock.v1.Lease.metadata:type_name -> distlock.v1.Lease.MetadataEntry
 	63, // 43: distlock.v1.Lease.granted_at:type_name -> google.protobuf.Timestamp
-	6,  // 44: distlock.v1.Lease.holds:type_name -> distlock.v1.Grant
+	6,  // 44: distlock.v1.Lease.holds:type_name -> distlock.v1.Hold
 	2,  // 45: distlock.v1.Problem.cause:type_name -> distlock.v1.EndCause
 	63, // 46: distlock.v1.Problem.ended_at:type_name -> google.protobuf.Timestamp
 	39, // 47: distlock.v1.Problem.obstacles:type_name -> distlock.v1.Obstacle

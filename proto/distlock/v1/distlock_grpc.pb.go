@@ -45,7 +45,7 @@ type LockServiceClient interface {
 	// Acquire takes one or several locks, all at once or none. It answers when
 	// they are granted, or refuses at once or when `wait` has passed. A call that
 	// ends without an answer, however it ended, may be repeated with the same
-	// request_id and a higher attempt, and finds its place or its grant: whoever
+	// request_id and a higher attempt, and finds its place or its hold: whoever
 	// gives up sends Abandon. Only a request without an id, or without an
 	// attempt, is undone when its call is cancelled.
 	Acquire(ctx context.Context, in *AcquireRequest, opts ...grpc.CallOption) (*AcquireResponse, error)
@@ -174,7 +174,7 @@ type LockServiceServer interface {
 	// Acquire takes one or several locks, all at once or none. It answers when
 	// they are granted, or refuses at once or when `wait` has passed. A call that
 	// ends without an answer, however it ended, may be repeated with the same
-	// request_id and a higher attempt, and finds its place or its grant: whoever
+	// request_id and a higher attempt, and finds its place or its hold: whoever
 	// gives up sends Abandon. Only a request without an id, or without an
 	// attempt, is undone when its call is cancelled.
 	Acquire(context.Context, *AcquireRequest) (*AcquireResponse, error)
