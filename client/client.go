@@ -327,7 +327,7 @@ func (c *Client) retry(ctx context.Context, within time.Duration, attempt func(c
 		}
 		last.add(endpoint, e)
 		c.logger.Debug("retrying", zap.String("endpoint", endpoint), zap.Error(err))
-		c.elsewhere(at, e.Leader)
+		c.next(at, e.Leader)
 		wait := pause/2 + rand.N(pause/2)
 		if tries%endpoints != 0 { // another one may be better
 			wait = time.Millisecond
@@ -381,8 +381,8 @@ func boundedUntil(ctx context.Context, deadline time.Time) (context.Context, con
 	return context.WithDeadline(ctx, deadline)
 }
 
-// elsewhere turns to the leader if it is known, and else to the next endpoint.
-func (c *Client) elsewhere(at int, leader string) {
+// next turns to the leader if it is known, and else to the next endpoint.
+func (c *Client) next(at int, leader string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.current != at {

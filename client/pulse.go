@@ -105,7 +105,7 @@ func (c *Client) feel(within time.Duration) (silent bool, err error) {
 		c.conns[at] = nil
 	}
 	c.mu.Unlock()
-	c.elsewhere(at, "")
+	c.next(at, "")
 	conn.Close()
 	return true, err
 }

@@ -303,7 +303,7 @@ func (c *Client) keepAliveOnce(ctx context.Context, req *pb.KeepAliveRequest, un
 			return 0, nil, err
 		}
 		e := toError(err)
-		c.elsewhere(at, e.Leader)
+		c.next(at, e.Leader)
 		return 0, nil, e
 	}
 	resp = answer.GetKeepAlive()

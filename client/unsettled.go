@@ -165,7 +165,7 @@ func (c *Client) tellOne(op *pb.Operation) bool {
 	if definite(e) {
 		return true
 	}
-	c.elsewhere(at, e.Leader)
+	c.next(at, e.Leader)
 	return false
 }
 

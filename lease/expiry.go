@@ -103,14 +103,14 @@ func (l *loop) endDelay(id uint64) {
 	}
 }
 
-// expires reports whether there are leases to end now.
-func (l *loop) expires() bool { return len(l.due) > 0 && !l.pause.armed() }
+// leasesDue reports whether there are leases to end now.
+func (l *loop) leasesDue() bool { return len(l.due) > 0 && !l.pause.armed() }
 
 // expiries makes the command that ends the leases whose time has come, and has
 // not been moved since; nil when there are none. From here on their renewals
 // are refused.
 func (l *loop) expiries() *call {
-	if !l.expires() {
+	if !l.leasesDue() {
 		return nil
 	}
 	now := l.now()

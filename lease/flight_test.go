@@ -55,7 +55,7 @@ func TestASmallBatchWaitsForTheOneInTheLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := NewStore(0)
 		l := newScript(store)
-		r := startWith(t, Config{Clock: clockwork.NewRealClock(), Store: store, Log: l, Beside: 3})
+		r := startWith(t, Config{Clock: clockwork.NewRealClock(), Store: store, Log: l, Overlap: 3})
 		defer r.stop()
 		l.holding(true, false)
 		batches := func() int { n, _ := l.held(); return n }
@@ -292,7 +292,7 @@ func TestWhatWaitsForTheLogIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := NewStore(0)
 		l := newScript(store)
-		r := startWith(t, Config{Clock: clockwork.NewRealClock(), Store: store, Log: l, Beside: 100, Bounds: Bounds{MaxPending: 10}})
+		r := startWith(t, Config{Clock: clockwork.NewRealClock(), Store: store, Log: l, Overlap: 100, Bounds: Bounds{MaxPending: 10}})
 		defer r.stop()
 		held, err := r.own("held", time.Hour, 0, 0)
 		if err != nil {
@@ -355,7 +355,7 @@ func TestOneConnectionLeavesRoomForOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := NewStore(0)
 		l := newScript(store)
-		r := startWith(t, Config{Clock: clockwork.NewRealClock(), Store: store, Log: l, Beside: 1000, Bounds: Bounds{MaxPending: 80}})
+		r := startWith(t, Config{Clock: clockwork.NewRealClock(), Store: store, Log: l, Overlap: 1000, Bounds: Bounds{MaxPending: 80}})
 		defer r.stop()
 		share := NewShare(100)
 		ports := []*Port{r.NewPort(100, share), r.NewPort(100, share), r.NewPort(100, NewShare(100))}

@@ -29,12 +29,12 @@ type Config struct {
 	Logger *zap.Logger
 	// Observer is told what happens; nil for nobody.
 	Observer Observer
-	// Beside is how many commands are worth a batch of their own while another
+	// Overlap is how many commands are worth a batch of their own while another
 	// is in the log. A small one costs more than it gains; 0 means 64.
-	Beside int
+	Overlap int
 }
 
-const defaultBeside = 64
+const defaultOverlap = 64
 
 // Manager serves leases and locks on the node that leads. All methods may be
 // called from any goroutine; Run is called once. What the loop knows is the
@@ -46,7 +46,7 @@ type Manager struct {
 	bounds   Bounds
 	logger   *zap.Logger
 	observer Observer
-	aside    int       // Config.Beside
+	overlap  int       // Config.Beside
 	start    time.Time // times in the manager are spans since it
 
 	inbox   inbox
@@ -73,11 +73,11 @@ func New(cfg Config) (*Manager, error) {
 	}
 	return &Manager{
 		clock: cfg.Clock, log: cfg.Log, store: cfg.Store, logger: cfg.Logger, observer: cfg.Observer,
-		bounds: cfg.Bounds.WithDefaults(),
-		aside:  cmp.Or(cfg.Beside, defaultBeside),
-		start:  cfg.Clock.Now(),
-		inbox:  inbox{wake: make(chan struct{}, 1)},
-		ready:  make(chan struct{}),
+		bounds:  cfg.Bounds.WithDefaults(),
+		overlap: cmp.Or(cfg.Overlap, defaultOverlap),
+		start:   cfg.Clock.Now(),
+		inbox:   inbox{wake: make(chan struct{}, 1)},
+		ready:   make(chan struct{}),
 	}, nil
 }
 

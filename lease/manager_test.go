@@ -45,7 +45,7 @@ func start(t *testing.T, store *Store, log Log) *rig {
 // startWith starts a manager that fills the log with small batches, unless cfg
 // says otherwise.
 func startWith(t *testing.T, cfg Config) *rig {
-	cfg.Beside = cmp.Or(cfg.Beside, 1)
+	cfg.Overlap = cmp.Or(cfg.Overlap, 1)
 	m, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)

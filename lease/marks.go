@@ -69,8 +69,8 @@ func (l *loop) fade(t *timer) {
 	}
 }
 
-// fades reports whether leases are to be marked now.
-func (l *loop) fades() bool {
+// marksDue reports whether leases are to be marked now.
+func (l *loop) marksDue() bool {
 	return len(l.fading) > 0 && (l.leaving != nil || !l.markPause.armed())
 }
 
@@ -78,7 +78,7 @@ func (l *loop) fades() bool {
 // It must be the first of its batch, and nothing of this node's in the log, which
 // propose sees to: what comes before it might acknowledge more time than it says.
 func (l *loop) marks() *call {
-	if !l.fades() {
+	if !l.marksDue() {
 		return nil
 	}
 	now := l.now()

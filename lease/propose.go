@@ -60,13 +60,13 @@ func (c *call) pends(n int) {
 // are, or leases have fallen due or are to be marked, whatever its size: what is
 // in the log may keep one of the leases, as a waiter does that has come back.
 func (l *loop) propose() {
-	for (len(l.inFlight) == 0 || l.beside()) && l.proposeBatch() {
+	for (len(l.inFlight) == 0 || l.mayOverlap()) && l.proposeBatch() {
 	}
 }
 
-// beside reports whether another batch may join those in the log.
-func (l *loop) beside() bool {
-	return len(l.inFlight) < maxFlights && len(l.pending) >= l.aside && !l.expires() && !l.fades()
+// mayOverlap reports whether another batch may join those in the log.
+func (l *loop) mayOverlap() bool {
+	return len(l.inFlight) < maxFlights && len(l.pending) >= l.overlap && !l.leasesDue() && !l.marksDue()
 }
 
 // proposeBatch reports false when there was nothing to propose.

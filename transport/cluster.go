@@ -60,7 +60,7 @@ func (s *clusterService) Status(context.Context, *pb.StatusRequest) (*pb.StatusR
 		return out, nil
 	}
 	var list []lease.Member
-	s.work.elsewhere(func() { list, out.Leader, out.Term = s.cluster.Members() })
+	s.work.yield(func() { list, out.Leader, out.Term = s.cluster.Members() })
 	for _, m := range list {
 		out.Members = append(out.Members, &pb.Member{
 			Id: m.ID, ClientAddress: m.ClientAddress, PeerAddress: m.PeerAddress, Role: m.Role, Leader: m.Leader,
@@ -75,7 +75,7 @@ func (s *clusterService) change(fn func(Cluster) error) (err error) {
 	if s.cluster == nil {
 		return &lease.MemberError{Msg: "a server that keeps nothing on disk is alone; start it without --in-memory"}
 	}
-	s.work.elsewhere(func() { err = fn(s.cluster) })
+	s.work.yield(func() { err = fn(s.cluster) })
 	return err
 }
 

@@ -81,7 +81,7 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 	acquire := f.name(req)
 	if acquire != nil {
 		defer func() {
-			if err != nil && (again || !definite(err) || waited && elsewhere(err)) {
+			if err != nil && (again || !definite(err) || waited && notLeading(err)) {
 				f.settling.Go(func() { f.settle(acquire.GetLeaseId(), acquire.GetRequestId()) })
 			}
 		}()
@@ -92,17 +92,17 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 	waited = time.Since(began) > betweenTries // it may have had a place
 	until := time.Now().Add(f.leaderless)
 	lane := laneOf(req)
-	if elsewhere(err) {
+	if notLeading(err) {
 		if under := &f.forwarded[lane]; under.Enter(maxForwarded) {
 			defer under.Leave()
 		} else {
 			return nil, &lease.ExhaustedError{What: "calls that this node forwards to the leader", Max: maxForwarded}
 		}
 	}
-	for elsewhere(err) && time.Now().Before(until) {
+	for notLeading(err) && time.Now().Before(until) {
 		var conn grpc.ClientConnInterface
 		var known error
-		work.elsewhere(func() {
+		work.yield(func() {
 			wait, cancel := context.WithDeadline(ctx, until)
 			defer cancel()
 			defer context.AfterFunc(f.stopping, cancel)()
@@ -125,15 +125,15 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 		switch {
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
-		case f.stopping.Err() != nil && elsewhere(err):
+		case f.stopping.Err() != nil && notLeading(err):
 			return nil, lease.ErrStopping
 		case known != nil:
 			return nil, err // nobody leads
 		case conn == nil:
 			resp, err = handler(ctx, req)
 		}
-		if elsewhere(err) {
-			work.elsewhere(func() {
+		if notLeading(err) {
+			work.yield(func() {
 				select {
 				case <-time.After(betweenTries):
 				case <-ctx.Done():
@@ -274,9 +274,9 @@ func endedAlready(err error) bool {
 	return errors.As(err, &r) && r.Reason == machine.ReasonRequestEnded || reasonOf(err) == string(machine.ReasonRequestEnded)
 }
 
-// elsewhere tells whether a call was refused because another node leads:
+// notLeading tells whether a call was refused because another node leads:
 // nothing was done.
-func elsewhere(err error) bool {
+func notLeading(err error) bool {
 	if err == nil {
 		return false
 	}

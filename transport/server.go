@@ -365,9 +365,9 @@ func (w workers) leave() {
 	}
 }
 
-// elsewhere gives the worker back while fn waits for the manager: in a queue
+// yield gives the worker back while fn waits for the manager: in a queue
 // or for the log. It is taken again to finish the request.
-func (w workers) elsewhere(fn func()) {
+func (w workers) yield(fn func()) {
 	w.leave()
 	defer func() {
 		if w != nil {

@@ -100,8 +100,8 @@ var mutants = []mutant{
 
 	// The manager.
 	{"a mark beside a batch in the log", "lease",
-		" && !l.expires() && !l.fades()",
-		" && !l.expires()", "manager"},
+		" && !l.leasesDue() && !l.marksDue()",
+		" && !l.leasesDue()", "manager"},
 	{"a marked lease is renewed before its mark is gone", "lease",
 		"&aside{renews: c}})\n\treturn true\n",
 		"&aside{renews: &confirmation{then: func(*loop, *Reply) {}}}})\n\treturn false\n", "manager"},
@@ -115,7 +115,7 @@ var mutants = []mutant{
 		"\tf.term, f.proposed = l.term, l.now()\n",
 		"\tfor _, c := range f.calls {\n\t\tif _, ok := c.cmd.(*machine.Release); ok {\n\t\t\tc.answer(l, machine.Result{}, nil)\n\t\t}\n\t}\n\tf.term, f.proposed = l.term, l.now()\n", "simulation"},
 	{"leases end while what keeps them is in the log", "lease",
-		" && !l.expires()",
+		" && !l.leasesDue()",
 		"", "manager"},
 	{"what is in flight is counted once more when it is applied", "lease",
 		"l.counts = c.out.Counts\n",

@@ -120,7 +120,7 @@ func (n *node) start() {
 	n.catchUp(durable)
 	n.log = &log{n: n, leadership: make(chan lease.Leadership, 1024)}
 	n.log.applied = n.applied
-	manager, err := lease.New(lease.Config{Clock: n.clock, Log: n.log, Store: n.store, Beside: 1 + n.rng.IntN(4)})
+	manager, err := lease.New(lease.Config{Clock: n.clock, Log: n.log, Store: n.store, Overlap: 1 + n.rng.IntN(4)})
 	if err != nil {
 		panic(err)
 	}
