@@ -3,6 +3,9 @@
 // lock-delays and waits, parks waiters, and answers.
 //
 // The machine decides, the manager times, the log remembers.
+//
+// It is the server's, and no API: names change as they need to. Programs that use
+// distlock import client, fence, or proto.
 package lease
 
 import (

@@ -31,7 +31,7 @@ func benchServer(b *testing.B) *grpc.ClientConn {
 	if err != nil {
 		b.Fatal(err)
 	}
-	s := NewServer(Config{Manager: m, Node: func() Node { return Node{} }})
+	s := NewServer(Config{Manager: m, Node: func() Node { return Node{} }, MaxMessageBytes: 1 << 20})
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(l) }()
 	conn, err := grpc.NewClient("passthrough:///"+l.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))

@@ -28,8 +28,6 @@ type calls struct {
 }
 
 const (
-	defaultMaxCalls = 100_000
-
 	// fewHeaders is what a call's headers may take and not count; others may take
 	// maxHeaders together, on one connection.
 	fewHeaders = 1 << 10

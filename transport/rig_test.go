@@ -1,6 +1,7 @@
 package transport
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net"
@@ -81,6 +82,7 @@ func serveWith(t *testing.T, cfg Config, bounds func(*Server)) *rig {
 	if cfg.Node == nil {
 		cfg.Node = func() Node { return Node{ID: "n1"} }
 	}
+	cfg.MaxMessageBytes = cmp.Or(cfg.MaxMessageBytes, 1<<20)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -1,5 +1,8 @@
 // Package transport is the gRPC server: it validates, converts, and maps
 // errors. What locks mean is the manager's business.
+//
+// It is the server's, and no API: names change as they need to. Programs that use
+// distlock import client, fence, or proto.
 package transport
 
 import (
@@ -7,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math"
 	"net"
 	"runtime/debug"
 	"sync"
@@ -77,7 +81,7 @@ type Restored struct {
 	TokensAbove  fence.Token
 }
 
-// Config configures a Server. Manager and Node are required.
+// Config configures a Server. Manager, Node and MaxMessageBytes are required.
 type Config struct {
 	Manager Manager
 	Cluster Cluster // nil where nothing is kept on disk
@@ -90,8 +94,8 @@ type Config struct {
 	// request that is parked in a queue or waits for the log is not being
 	// worked on.
 	Workers int
-	// MaxMessageBytes bounds one request; 0 is 1 MiB. A longer one is refused
-	// with INVALID_ARGUMENT, one of more than four times that by gRPC itself.
+	// MaxMessageBytes, above 0, bounds one request. A longer one is refused with
+	// INVALID_ARGUMENT, one of more than four times that by gRPC itself.
 	MaxMessageBytes int
 	// Refused is told the reason of each request answered with an error; nil
 	// for nobody. It must not block.
@@ -102,8 +106,8 @@ type Config struct {
 	// more are answered RESOURCE_EXHAUSTED.
 	MaxConnections int
 	// MaxCalls bounds the calls under way, streams and waits among them, of all
-	// clients; 0 is 100,000. More are answered RESOURCE_EXHAUSTED, but for those
-	// that renew or give back.
+	// clients; 0 sets no bound. More are answered RESOURCE_EXHAUSTED, but for
+	// those that renew or give back.
 	MaxCalls int
 }
 
@@ -130,13 +134,10 @@ func NewServer(cfg Config) *Server {
 	if cfg.Refused == nil {
 		cfg.Refused = func(string) {}
 	}
-	if cfg.MaxMessageBytes == 0 {
-		cfg.MaxMessageBytes = 1 << 20
-	}
 	if cfg.MaxStreams == 0 {
 		cfg.MaxStreams = 10_000
 	}
-	work, calls := newWorkers(cfg.Workers), &calls{most: int64(cmp.Or(cfg.MaxCalls, defaultMaxCalls)), refused: cfg.Refused, logger: cfg.Logger}
+	work, calls := newWorkers(cfg.Workers), &calls{most: int64(cmp.Or(cfg.MaxCalls, math.MaxInt)), refused: cfg.Refused, logger: cfg.Logger}
 	stopping, stop := context.WithCancel(context.Background())
 	forward := &forwarder{
 		cluster: cfg.Cluster, m: cfg.Manager, stopping: stopping, work: work, leaderless: cmp.Or(cfg.Leaderless, time.Second),

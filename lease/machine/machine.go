@@ -5,6 +5,8 @@
 // A Machine belongs to one goroutine. Copy gives another goroutine a view, at a
 // cost that does not depend on its size: the tables are copy-on-write, and a
 // record is replaced, never changed, once a view may have it.
+//
+// It is no API, as package lease is none.
 package machine
 
 import (

@@ -50,7 +50,8 @@ func (v *live) serve(n *node) {
 	seed := v.w.seed<<8 | uint64(n.life.Load())<<2 | uint64(n.id)
 	f := &face{clients: NewLink(seed), peers: NewLink(seed + 1<<40), conns: make(map[int]*grpc.ClientConn)}
 	f.server = transport.NewServer(transport.Config{
-		Manager: n.manager, Cluster: member{n, n.log, f}, Leaderless: time.Second,
+		MaxMessageBytes: 1 << 20,
+		Manager:         n.manager, Cluster: member{n, n.log, f}, Leaderless: time.Second,
 		Node: func() transport.Node { return transport.Node{ID: fmt.Sprint(n.id)} },
 	})
 	f.server.SetServing(true)
