@@ -33,6 +33,7 @@ type Server struct {
 	transport *transport.Server
 	started   time.Time
 	files     files
+	kind      kind
 
 	metrics         *metrics.Metrics // nil without an address
 	metricsListener net.Listener
@@ -170,6 +171,18 @@ func (s *Server) open() error {
 		config.Leaderless = max(time.Second, 5*s.cfg.ElectionTimeout)
 	}
 	s.transport = transport.NewServer(config)
+	s.kind = lone{s}
+	if s.cfg.PeerAddress != "" {
+		s.kind = member{s}
+	}
+	return nil
+}
+
+// serve serves clients until the transport stops.
+func (s *Server) serve() error {
+	if err := s.transport.Serve(s.listener); err != nil {
+		return fmt.Errorf("serving on %s ended: %w", s.Addr(), err)
+	}
 	return nil
 }
 
@@ -215,6 +228,36 @@ func (s *Server) closeLog(bounded context.Context) error {
 
 const leastClose = 500 * time.Millisecond
 
+// kind is a lone server or a member of a cluster: what each does in its own way.
+type kind interface {
+	// start starts the parts that serve; they end with loop. Once stopping has
+	// ended, clients are to be told nothing good of this node.
+	start(all *parts, stopping, loop context.Context)
+	// handOver hands over to another, where there is one.
+	handOver(context.Context)
+	// fields are for the log's first line.
+	fields() []zap.Field
+}
+
+// lone is a server that leads as soon as its log has been read.
+type lone struct{ *Server }
+
+func (s lone) start(all *parts, _, loop context.Context) {
+	all.start(func() error {
+		// Calls that arrive before the log leads wait in the listen queue.
+		select {
+		case <-s.manager.Ready():
+			s.transport.SetServing(true)
+		case <-loop.Done():
+		}
+		return s.serve()
+	})
+}
+
+func (lone) handOver(context.Context) {}
+
+func (lone) fields() []zap.Field { return nil }
+
 // Addr is where the server listens.
 func (s *Server) Addr() net.Addr { return s.listener.Addr() }
 
@@ -241,25 +284,7 @@ func (s *Server) Run(ctx context.Context) error {
 		}
 		return err
 	})
-	all.start(func() error {
-		if s.cfg.PeerAddress == "" {
-			// Calls that arrive before the log leads wait in the listen queue.
-			select {
-			case <-s.manager.Ready():
-				s.transport.SetServing(true)
-			case <-loop.Done():
-			}
-		}
-		if err := s.transport.Serve(s.listener); err != nil {
-			return fmt.Errorf("serving on %s ended: %w", s.Addr(), err)
-		}
-		return nil
-	})
-	if s.cfg.PeerAddress != "" {
-		all.start(func() error { return s.transport.ServePeers(s.replica.Forwarded()) })
-		all.start(func() error { s.tellWhetherServing(stopping, loop); return nil })
-		all.start(func() error { return s.join(loop) })
-	}
+	s.kind.start(all, stopping, loop)
 
 	var err error
 	select {
@@ -272,9 +297,7 @@ func (s *Server) Run(ctx context.Context) error {
 	s.transport.SetServing(false)
 	if err == nil {
 		s.cfg.Logger.Info("stopping: calls under way may finish", zap.Duration("within", s.cfg.DrainTimeout))
-		if s.cfg.PeerAddress != "" {
-			s.handOver(bounded)
-		}
+		s.kind.handOver(bounded)
 		s.manager.Drain()
 	}
 	s.transport.Stop(bounded)
@@ -318,50 +341,11 @@ func (s *Server) announce() {
 	}
 	fields := []zap.Field{zap.Stringer("address", s.Addr()), zap.String("dataDir", dir),
 		zap.String("durability", durability), zap.String("version", s.cfg.Version)}
-	if s.cfg.PeerAddress != "" {
-		fields = append(fields, zap.String("node", s.replica.NodeID()), zap.String("peerAddress", s.cfg.PeerAddress))
-	}
+	fields = append(fields, s.kind.fields()...)
 	if s.metrics != nil {
 		fields = append(fields, zap.Stringer("metrics", s.MetricsAddr()))
 	}
 	s.cfg.Logger.Info("distlock serves", fields...)
-}
-
-// tellWhetherServing has the health service say that this member serves while it is
-// known who leads, until it is to stop; it ends with loop.
-func (s *Server) tellWhetherServing(stopping, loop context.Context) {
-	for stopping.Err() == nil {
-		_, led, err := s.replica.Leader(loop, 0)
-		if err != nil {
-			return
-		}
-		s.transport.SetServing(stopping.Err() == nil)
-		select {
-		case <-led.Done():
-			s.transport.SetServing(false)
-		case <-stopping.Done():
-		case <-loop.Done():
-			return
-		}
-	}
-}
-
-// handOver hands the leadership over, if this node has it, unless that takes too
-// long.
-func (s *Server) handOver(ctx context.Context) {
-	done := make(chan error, 1)
-	go func() {
-		_, err := s.replica.TransferLeadership("")
-		done <- err
-	}()
-	select {
-	case err := <-done:
-		if err != nil && !errors.Is(err, lease.ErrNotLeader) {
-			s.cfg.Logger.Info("the leadership was not handed over", zap.Error(err))
-		}
-	case <-ctx.Done():
-		s.cfg.Logger.Warn("the leadership was not handed over in time")
-	}
 }
 
 // MetricsAddr is where metrics are served; nil when they are not.
