@@ -19,8 +19,8 @@ type clusterID struct {
 	known atomic.Pointer[string]
 }
 
-// get returns the id, "" where nothing is kept on disk or the node is too new to
-// have one; only in the latter case it is not settled.
+// get returns the id: "" where nothing is kept on disk, and in a new cluster that
+// has none yet. Only the second may still change: settled is false.
 func (c *clusterID) get() (id string, settled bool) {
 	if id := c.known.Load(); id != nil {
 		return *id, true
@@ -41,7 +41,7 @@ type clusterService struct {
 	backups bound.Count // under way
 }
 
-// Status is answered by every node, leader or not, of what it has itself.
+// Status is answered by each node, leader or not, from what it has.
 func (s *clusterService) Status(context.Context, *pb.StatusRequest) (*pb.StatusResponse, error) {
 	st, node := s.m.Status(), s.node()
 	out := &pb.StatusResponse{
@@ -70,7 +70,7 @@ func (s *clusterService) Status(context.Context, *pb.StatusRequest) (*pb.StatusR
 	return out, nil
 }
 
-// change makes one change of the members, without a worker.
+// change makes one change of the members. It gives the worker back meanwhile.
 func (s *clusterService) change(fn func(Cluster) error) (err error) {
 	if s.cluster == nil {
 		return &lease.MemberError{Msg: "a server that keeps nothing on disk is alone; start it without --in-memory"}

@@ -22,9 +22,9 @@ type conn struct {
 	streams atomic.Int64 // of Multiplex, that are open
 	share   *lease.Share // of those
 
-	headers atomic.Int64 // bytes, of calls under way that have many
-	silent  atomic.Int64 // calls that have begun and not said what they ask
-	cut     atomic.Bool  // for either of those
+	headers atomic.Int64 // bytes of headers, of calls under way that have many
+	silent  atomic.Int64 // calls that have sent headers and no request yet
+	cut     atomic.Bool  // closed, for too much of either
 
 	account // see pace.go
 }

@@ -51,8 +51,8 @@ func metaMap(list []machine.Meta) map[string]string {
 	return m
 }
 
-// operations makes operations of requests, in memory that it uses again: one is
-// valid until the next. It is for one goroutine.
+// operations converts requests to the manager's operations. It uses its memory
+// again: an operation is valid until the next is made. It is for one goroutine.
 type operations struct {
 	acquire lease.AcquireRequest
 	release lease.ReleaseRequest
@@ -149,7 +149,7 @@ func (o *operations) fillAcquire(r *pb.AcquireRequest) error {
 	return nil
 }
 
-// keptAlive is the answer to a renewal. Its error is of the whole.
+// keptAlive is the answer to a renewal. An error is the answer to all of it.
 func keptAlive(kept *lease.KeptAlive) (*pb.KeepAliveResponse, error) {
 	out := &pb.KeepAliveResponse{}
 	for _, k := range kept.Leases {
@@ -184,8 +184,8 @@ func keptAlive(kept *lease.KeptAlive) (*pb.KeepAliveResponse, error) {
 	return out, nil
 }
 
-// problemAlone is the problem of one of several; an error that is not a refusal
-// is of all of them.
+// problemAlone is the problem of one lease or request among several. An error that
+// is no refusal concerns all of them, and is returned.
 func problemAlone(err error) (*pb.Problem, error) {
 	var refusal *lease.Refusal
 	if errors.As(err, &refusal) {
@@ -204,7 +204,7 @@ func held(g *machine.Hold, ttl time.Duration) *pb.Hold {
 	return &out.Hold
 }
 
-// fill makes an empty answer that of a hold.
+// fill puts a hold into an empty answer.
 func fill(p *wire.Granted, g *machine.Hold, ttl time.Duration) {
 	out := &p.Hold
 	out.Token, out.LeaseId, out.Mode = uint64(g.Token), uint64(g.Lease), pb.Mode(g.Mode)
@@ -284,8 +284,8 @@ func leaseInfo(l lease.LeaseInfo) *pb.Lease {
 	return out
 }
 
-// kinds are the machine's events as the API names them; a lease's own events
-// are not of a lock and are left out.
+// kinds are the machine's events as the API names them. Events of a lease alone
+// concern no lock, and are left out.
 var kinds = map[machine.EventKind]pb.Event_Kind{
 	machine.EventQueued:       pb.Event_KIND_QUEUED,
 	machine.EventGranted:      pb.Event_KIND_GRANTED,
@@ -297,7 +297,7 @@ var kinds = map[machine.EventKind]pb.Event_Kind{
 	machine.EventUndeclared:   pb.Event_KIND_UNDECLARED,
 }
 
-// event turns one of the machine's into one per lock.
+// event appends an event of the machine, once for each of its locks that is wanted.
 func event(list []*pb.Event, e lease.Event, wanted func(name string) bool) []*pb.Event {
 	kind, ok := kinds[e.Kind]
 	if !ok {

@@ -31,10 +31,10 @@ type forwarder struct {
 	m        Manager
 	stopping context.Context
 	work     workers
-	// leaderless bounds how long a call waits for somebody to lead. The client
-	// may know a node that can be reached.
+	// leaderless bounds how long a call waits for somebody to lead. After that the
+	// client may find another node that reaches the leader.
 	leaderless time.Duration
-	settling   sync.WaitGroup // requests that it named and abandons
+	settling   sync.WaitGroup // calls of settle
 	forwarded  [lanes]bound.Count
 }
 
@@ -150,9 +150,9 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 	return resp, err
 }
 
-// name gives a request that has no id one, so that it may be sent again. An
-// Acquire that it has named, and whose client this node is from here on, is
-// returned.
+// name gives a request that has no id one, so that it may be sent again. It
+// returns an Acquire that it has named: this node has to renew and to abandon it, as
+// a client does that names its requests.
 func (f *forwarder) name(req any) *pb.AcquireRequest {
 	switch r := req.(type) {
 	case *pb.AcquireRequest:
@@ -176,9 +176,8 @@ func (f *forwarder) name(req any) *pb.AcquireRequest {
 	return nil
 }
 
-// renewWait renews the wait of an Acquire that this node has named, and so is
-// the client of, until the function returned is called, which returns when that
-// has ended.
+// renewWait keeps the wait of an Acquire that this node has named alive. stop ends
+// that, and returns once it has ended.
 func (f *forwarder) renewWait(r *pb.AcquireRequest) (stop func()) {
 	every := r.GetTtl().AsDuration() / 3
 	if r.GetLeaseId() != 0 || every <= 0 || !r.GetWaitForever() && r.GetWait().AsDuration() <= every {
@@ -201,7 +200,7 @@ func (f *forwarder) renewWait(r *pb.AcquireRequest) (stop func()) {
 				func(conn grpc.ClientConnInterface) error {
 					_, err := pb.NewLeaseServiceClient(conn).KeepAlive(bounded, &pb.KeepAliveRequest{RequestIds: []uint64{r.GetRequestId()}})
 					return err
-				}) // what does not come through comes with the next
+				}) // the next one makes up for one that fails
 			over()
 		}
 	}()
@@ -243,8 +242,8 @@ func (f *forwarder) atLeader(ctx context.Context, here lease.Operation, there fu
 	return err
 }
 
-// settle abandons a request of which nobody else knows, until it is answered.
-// It ends early when the server stops.
+// settle sends Abandon for a request that this node has named, until it is
+// answered or the server stops.
 func (f *forwarder) settle(leaseID, request uint64) {
 	for pause := betweenTries; ; pause = min(2*pause, time.Second) {
 		ctx, cancel := context.WithTimeout(context.Background(), max(f.leaderless, time.Second))
@@ -265,7 +264,8 @@ func (f *forwarder) settle(leaseID, request uint64) {
 	}
 }
 
-// errAnswerLost is ErrNotLeader, of a leader that may have done it.
+// errAnswerLost is an ErrNotLeader: a leader had the call, may have done what it
+// asks, and its answer was lost.
 var errAnswerLost = fmt.Errorf("%w: its answer was lost", lease.ErrNotLeader)
 
 // endedAlready tells whether a request was refused because it has ended.
@@ -319,9 +319,10 @@ func repeatable(req any) bool {
 	return false
 }
 
-// send makes the call at the leader, which takes its end for nothing: what the
-// client cancels is abandoned by whoever counts the attempts. For a client that
-// does not this node abandons it, unless a later call goes on with it.
+// send makes the call at the leader, to which the end of a call means nothing: a
+// client that counts its attempts sends Abandon for what it gives up. For one that
+// does not this node sends it, with the number of this call, so that a later call of
+// the same request is left alone.
 func (f *forwarder) send(ctx, led context.Context, conn grpc.ClientConnInterface, method string, req any) (any, error) {
 	resp, err := answerOf(method)
 	if err != nil {
@@ -361,8 +362,8 @@ func (f *forwarder) send(ctx, led context.Context, conn grpc.ClientConnInterface
 	return nil, err
 }
 
-// callKey is the metadata by which a member tells the leader which call of a
-// request that does not count attempts this is.
+// callKey is the metadata with which a member numbers the calls of clients that do
+// not count their attempts.
 const callKey = "distlock-call"
 
 func numbered(ctx context.Context, number string) context.Context {

@@ -104,7 +104,7 @@ func brokenText(d protoreflect.MessageDescriptor, data []byte) string {
 }
 
 // decoding returns a service whose unary methods decode through an envelope.
-// Those that stream do by the interceptor.
+// Streams decode so in stream.RecvMsg.
 func decoding(desc *grpc.ServiceDesc) *grpc.ServiceDesc {
 	out := *desc
 	out.Methods = make([]grpc.MethodDesc, len(desc.Methods))

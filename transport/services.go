@@ -22,13 +22,13 @@ const (
 	softLimit = 1 << 20
 )
 
-// door is the way into the manager.
+// door is how services reach the manager.
 type door struct {
 	m    Manager
 	work workers
 }
 
-// do asks for what a request says, and waits without a worker.
+// do does what a request asks for. It gives the worker back while it waits.
 func (d door) do(ctx context.Context, req any) (r lease.Reply, err error) {
 	op, err := new(operations).of(req)
 	if err != nil {
@@ -129,7 +129,7 @@ func (s *lockService) List(ctx context.Context, r *pb.ListRequest) (*pb.ListResp
 	return out, nil
 }
 
-// isStale tells whether a read is to be answered from what this node has.
+// isStale tells whether the client takes what this node has, leader or not.
 func isStale(c pb.Consistency) (bool, error) {
 	switch c {
 	case pb.Consistency_CONSISTENCY_UNSPECIFIED, pb.Consistency_CONSISTENCY_LINEARIZABLE:
@@ -140,7 +140,7 @@ func isStale(c pb.Consistency) (bool, error) {
 	return false, &lease.InvalidError{Field: "consistency", Msg: "must be linearizable or stale"}
 }
 
-// page reads where a page begins: after the name or id in the token.
+// page decodes a page token: the name or id after which the page begins.
 func page(size int32, token string) (int, string, error) {
 	if size < 0 || size > maxPage {
 		return 0, "", &lease.InvalidError{Field: "page_size", Msg: "must be from 0 to " + strconv.Itoa(maxPage)}
