@@ -71,6 +71,7 @@ original: ## drive the original's protocol from Python (needs python3-grpcio, py
 lint: ## gofmt, vet, staticcheck
 	@test -z "$$(gofmt -l .)" || { echo "gofmt -w these:"; gofmt -l .; exit 1; }
 	$(GO) vet ./...
+	$(GO) vet -tags original,upgrade ./internal/e2e
 	$(GO) run $(STATICCHECK) ./...
 
 .PHONY: elsewhere

@@ -99,7 +99,7 @@ func answerOriginal(ctx context.Context, srv *server, c *client.Client, ask stri
 	case "release":
 		var token fence.Token
 		fmt.Sscan(words[2], &token)
-		return "ok", c.Release(ctx, words[1], token)
+		return "ok", c.Admin().Release(ctx, words[1], token)
 	case "held":
 		if lock, err := c.TryAcquire(ctx, words[1]); err == nil {
 			return "", fmt.Errorf("our client got token %d of a lock that an original client holds", lock.Token())

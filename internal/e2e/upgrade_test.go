@@ -64,7 +64,7 @@ func TestUpgrade(t *testing.T) {
 
 			level := func() uint32 {
 				t.Helper()
-				s, err := c.Status(t.Context())
+				s, err := c.Admin().Status(t.Context())
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -207,7 +207,7 @@ func TestUpgradeOfOneNode(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if s, err := c.Status(t.Context()); err != nil || s.Level != uint32(machine.NewestLevel) {
+	if s, err := c.Admin().Status(t.Context()); err != nil || s.Level != uint32(machine.NewestLevel) {
 		t.Errorf("level %d, %v", s.Level, err)
 	}
 	next, err := c.Acquire(t.Context(), "b")
