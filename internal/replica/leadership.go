@@ -34,7 +34,7 @@ func (r *Replica) watch() {
 			if told.Leader && told.Term == term {
 				state = told
 				state.Leaving = r.handingOver()
-			} else if err := r.raft.Barrier(0).Error(); err == nil && r.raft.CurrentTerm() == term && r.raft.State() == raft.Leader && !r.stalled.Load() {
+			} else if err := r.settled(); err == nil && r.raft.CurrentTerm() == term && r.raft.State() == raft.Leader && !r.stalled.Load() {
 				state = lease.Leadership{Leader: true, Term: term}
 				if c := r.configuration(); c.index <= r.raft.CommitIndex() { // all before the barrier is
 					r.commit(c)
@@ -143,15 +143,22 @@ func (r *Replica) setServing(serving bool) {
 	})
 }
 
-// settleIn does what a new leader may find undone: give a new cluster its id, and
-// record the peer address of a node that was alone before.
+// settled returns once everything before this leader's term is applied, and the
+// cluster has an id. A new cluster gets one before it answers anybody: whoever
+// holds a lock of it can tell it from another one from the first answer on.
+func (r *Replica) settled() error {
+	if err := r.raft.Barrier(0).Error(); err != nil || r.ClusterID() != "" {
+		return err
+	}
+	var random [8]byte
+	rand.Read(random[:])
+	return r.write(note{ClusterID: hex.EncodeToString(random[:])})
+}
+
+// settleIn does what a new leader may find undone: record the peer address of a
+// node that was alone before, and raise the level.
 func (r *Replica) settleIn(term uint64) {
 	defer r.group.Done()
-	if r.ClusterID() == "" {
-		var random [8]byte
-		rand.Read(random[:])
-		r.write(note{ClusterID: hex.EncodeToString(random[:])}) // or the next leader does
-	}
 	if r.peers != nil {
 		r.recordAddress()
 	}

@@ -120,6 +120,16 @@ func TestALoneVoterWaitsForNoTimeout(t *testing.T) {
 	}
 }
 
+// TestAClusterHasAnIDBeforeItAnswers: a client that has been answered once can
+// tell this cluster from another one at its address.
+func TestAClusterHasAnIDBeforeItAnswers(t *testing.T) {
+	r := open(t, Config{Dir: filepath.Join(t.TempDir(), "data")})
+	defer r.Close()
+	if r.ClusterID() == "" {
+		t.Error("this node leads a cluster that has no id")
+	}
+}
+
 func TestReopenHasEverything(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "data")
 	for round := range 3 {
