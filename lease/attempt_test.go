@@ -266,7 +266,7 @@ func TestARepeatWhoseLeaseIsBeingEnded(t *testing.T) {
 // apart, and the waiter that it hid would never be answered.
 func TestAStreamIDThatIsUsedTwice(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
-		p := r.NewPort(100, NewShare(100))
+		p := r.NewPort(100, NewShare(100, 1000))
 		submit(t, p, func(b *Batch) { b.Acquire(1, own(1, 0, "a")); b.Acquire(2, own(2, WaitForever, "a")) })
 		if got, _ := replies(t, p); len(got) != 1 {
 			t.Fatalf("%+v", got)
@@ -296,7 +296,7 @@ func TestCancelledAcquisitionsKeepTheirWeight(t *testing.T) {
 				if _, err := r.own("a", time.Hour, 0, 9); err != nil {
 					t.Fatal(err)
 				}
-				p := r.NewPort(10, NewShare(100))
+				p := r.NewPort(10, NewShare(100, 1000))
 				defer p.Close(false)
 				l.holding(true, false)
 				ctx, cancel := context.WithCancel(t.Context())
@@ -311,9 +311,10 @@ func TestCancelledAcquisitionsKeepTheirWeight(t *testing.T) {
 						ask.Attempt = number
 						b.Acquire(i, ask)
 						b.Cancel(i)
-						if p.Submit(ctx, b) != nil {
+						if p.Room(ctx) != nil {
 							return
 						}
+						p.Submit(b)
 						submitted++
 					}
 				}()

@@ -308,7 +308,7 @@ func TestWhatWaitsForTheLogIsBounded(t *testing.T) {
 		if _, err := r.own("one more", time.Hour, 0, 0); !errors.As(err, &exhausted) || exhausted.Max != 10 {
 			t.Errorf("one more: %v", err)
 		}
-		p := r.NewPort(100, NewShare(100))
+		p := r.NewPort(100, NewShare(100, 1000))
 		submit(t, p, func(b *Batch) { b.Acquire(1, own(1, 0, "x")) })
 		if got, _ := replies(t, p); !errors.As(got[1].Err, &exhausted) {
 			t.Errorf("on a port: %v", got[1].Err)
@@ -357,16 +357,14 @@ func TestOneConnectionLeavesRoomForOthers(t *testing.T) {
 		l := newScript(store)
 		r := startWith(t, Config{Clock: clockwork.NewRealClock(), Store: store, Log: l, Overlap: 1000, Bounds: Bounds{MaxPending: 80}})
 		defer r.stop()
-		share := NewShare(100)
-		ports := []*Port{r.NewPort(100, share), r.NewPort(100, share), r.NewPort(100, NewShare(100))}
+		share := NewShare(100, 1000)
+		ports := []*Port{r.NewPort(100, share), r.NewPort(100, share), r.NewPort(100, NewShare(100, 1000))}
 		ask := func(p *Port, n int) (refused int) {
 			b := p.Batch(n)
 			for i := range n {
 				b.Add(uint64(i+1), &GrantLeaseRequest{TTL: time.Hour})
 			}
-			if err := p.Submit(t.Context(), b); err != nil {
-				t.Fatal(err)
-			}
+			p.Submit(b)
 			got, _ := replies(t, p)
 			for _, r := range got {
 				if errors.As(r.Err, new(*ExhaustedError)) {

@@ -18,16 +18,18 @@ import (
 type Port struct {
 	m      *Manager
 	number uint32
-	max    int64 // operations under way before Submit blocks
+	max    int64 // operations under way before there is no Room
 	share  *Share
 	ready  chan struct{} // buffered, one: there is something to Take
 	room   chan struct{} // buffered, one: under has fallen
 
 	// under is the weight of what has been submitted and whose reply has not
-	// been Sent, without what is parked; all is that with it.
+	// been Sent, without what is parked; all is the number of both. Under is
+	// changed with mu held.
 	under, all atomic.Int64
 
 	mu     sync.Mutex
+	closed bool // nothing is under way any more, for the share
 	out    []Reply
 	losses []Loss
 	err    error // why nothing more is taken in
@@ -56,16 +58,25 @@ type Loss struct {
 const maxLosses = 1 << 15
 
 // Share is what the ports of one connection may take together: acquisitions that are
-// parked, and an eighth of what may wait for the log.
+// parked, other operations under way, and an eighth of what may wait for the log.
 type Share struct {
 	waits int
+	max   int64
+	under atomic.Int64
+	room  chan struct{} // buffered, one: under has fallen
 
 	// The loop's own.
 	parked, pending int
 }
 
-// NewShare lets at most so many acquisitions wait.
-func NewShare(waits int) *Share { return &Share{waits: waits} }
+// NewShare lets at most so many acquisitions wait, and has no room for more while about
+// bound other operations are under way.
+func NewShare(waits, bound int) *Share {
+	return &Share{waits: waits, max: int64(bound), room: make(chan struct{}, 1)}
+}
+
+// UnderWay is about how many operations are under way, without those that are parked.
+func (s *Share) UnderWay() int { return int(s.under.Load()) }
 
 // NewPort returns a port that has operations of at most about bound under way
 // (an Acquire counts each name, a KeepAlive every 64 leases), parked ones
@@ -125,18 +136,33 @@ func (b *Batch) Cancel(tag uint64) {
 	b.inputs = append(b.inputs, &cancel{b.port, tag})
 }
 
-// Submit hands a batch to the loop, once there is room for more: a writer that
-// does not keep up holds up the reader. Errors: ctx's cause; then nothing was
-// done.
-func (p *Port) Submit(ctx context.Context, b *Batch) error {
-	for p.under.Load() >= p.max {
+// Room waits until there is room for a batch: a writer that does not keep up holds up
+// the reader. It is called before a batch is received: what is not received its sender
+// has to keep. Errors: ctx's cause.
+func (p *Port) Room(ctx context.Context) error {
+	for shared := false; ; {
+		var room <-chan struct{}
+		if p.under.Load() < p.max {
+			if p.share.under.Load() < p.share.max {
+				if shared { // so may another port's reader
+					wake(p.share.room)
+				}
+				return nil
+			}
+			room, shared = p.share.room, true
+		}
 		select {
 		case <-p.room:
+		case <-room:
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
 	}
-	p.under.Add(b.weight)
+}
+
+// Submit hands a batch to the loop.
+func (p *Port) Submit(b *Batch) {
+	p.add(b.weight)
 	p.all.Add(b.ops)
 	if len(b.inputs) > 0 && !p.m.inbox.put(&submission{p, b.inputs}) {
 		err := p.m.over()
@@ -152,7 +178,6 @@ func (p *Port) Submit(ctx context.Context, b *Batch) error {
 		p.mu.Unlock()
 		p.wake()
 	}
-	return nil
 }
 
 // submission is a batch on its way to the loop.
@@ -195,20 +220,30 @@ func (p *Port) Err() error {
 	return p.err
 }
 
-func (p *Port) wake() {
+func (p *Port) wake() { wake(p.ready) }
+
+// wake sends on a channel that has a buffer of one.
+func wake(c chan<- struct{}) {
 	select {
-	case p.ready <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }
 
-// less takes weight off what is under way.
-func (p *Port) less(weight int64) {
-	if now := p.under.Add(-weight); now < p.max && now+weight >= p.max {
-		select {
-		case p.room <- struct{}{}:
-		default:
-		}
+// add puts weight to what is under way, or takes it off.
+func (p *Port) add(weight int64) {
+	p.mu.Lock()
+	if p.closed {
+		p.mu.Unlock()
+		return
+	}
+	own, all := p.under.Add(weight), p.share.under.Add(weight)
+	p.mu.Unlock()
+	if own < p.max && own-weight >= p.max {
+		wake(p.room)
+	}
+	if all < p.share.max && all-weight >= p.share.max {
+		wake(p.share.room)
 	}
 }
 
@@ -238,7 +273,7 @@ func (p *Port) Sent(replies []Reply) {
 		weight += replies[i].weight
 	}
 	p.all.Add(-int64(len(replies)))
-	p.less(weight)
+	p.add(-weight)
 }
 
 // Idle reports whether every operation has been answered, and its reply Sent.
@@ -260,7 +295,12 @@ func (c *closing) take(l *loop) {
 	p.mu.Lock()
 	unheard := slices.Concat(p.out, p.staged)
 	p.out, p.losses = nil, nil
+	p.closed = true
+	left := p.under.Load()
 	p.mu.Unlock()
+	if all := p.share.under.Add(-left); all < p.share.max && all+left >= p.share.max {
+		wake(p.share.room)
+	}
 	p.staged, p.lost, p.gone = nil, nil, true
 	delete(l.streams, p.number)
 	for _, tag := range slices.Sorted(maps.Keys(p.open)) {
@@ -281,7 +321,7 @@ type cancel struct {
 }
 
 func (x *cancel) take(l *loop) {
-	x.port.less(1)
+	x.port.add(-1)
 	if c := x.port.open[x.tag]; c != nil {
 		(&leave{call: c}).take(l)
 	}
@@ -305,7 +345,7 @@ func (p *Port) parks(c *call) {
 		p.parked++
 		p.share.parked++
 	}
-	p.less(c.weight)
+	p.add(-c.weight)
 }
 
 // leaves puts it back, until it is answered.
@@ -316,7 +356,7 @@ func (p *Port) leaves(c *call) {
 			p.parked--
 			p.share.parked--
 		}
-		p.under.Add(c.weight)
+		p.add(c.weight)
 	}
 }
 

@@ -16,9 +16,7 @@ func submit(t *testing.T, p *Port, fill func(*Batch)) {
 	t.Helper()
 	b := p.Batch(1)
 	fill(b)
-	if err := p.Submit(t.Context(), b); err != nil {
-		t.Fatal(err)
-	}
+	p.Submit(b)
 }
 
 // replies waits until everybody waits, and takes what there is, by tag.
@@ -43,7 +41,7 @@ func own(request RequestID, wait time.Duration, names ...string) AcquireRequest 
 
 func TestPortAnswersEachOperation(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
-		p := r.NewPort(100, NewShare(100))
+		p := r.NewPort(100, NewShare(100, 1000))
 		defer p.Close(false)
 		submit(t, p, func(b *Batch) {
 			b.Acquire(1, own(1, 0, "a"))
@@ -112,7 +110,7 @@ func TestPortAnswersEachOperation(t *testing.T) {
 // gets through.
 func TestAWaitOnAPortHoldsUpNobody(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
-		p := r.NewPort(2, NewShare(50))
+		p := r.NewPort(2, NewShare(50, 1000))
 		defer p.Close(false)
 		submit(t, p, func(b *Batch) { b.Acquire(1, own(1, 0, "a")) })
 		got, _ := replies(t, p)
@@ -141,35 +139,87 @@ func TestAWaitOnAPortHoldsUpNobody(t *testing.T) {
 // TestASlowPortHoldsUpItsReader: what is not taken counts as under way.
 func TestASlowPortHoldsUpItsReader(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
-		p := r.NewPort(10, NewShare(10))
+		p := r.NewPort(10, NewShare(10, 1000))
 		defer p.Close(false)
 		for i := range uint64(10) {
 			submit(t, p, func(b *Batch) { b.Acquire(i+1, own(RequestID(i+1), 0, fmt.Sprint("a", i))) })
 		}
 		synctest.Wait()
 		ctx, cancel := context.WithCancelCause(t.Context())
-		submitted := make(chan error, 1)
-		go func() {
-			b := p.Batch(1)
-			b.Refuse(99, ErrStopping)
-			submitted <- p.Submit(ctx, b)
-		}()
+		room := make(chan error, 1)
+		go func() { room <- p.Room(ctx) }()
 		synctest.Wait()
 		select {
-		case err := <-submitted:
-			t.Fatalf("submitted: %v", err)
+		case err := <-room:
+			t.Fatalf("there is room: %v", err)
 		default:
 		}
 		list, _ := p.Take(nil, nil)
 		p.Sent(list[:1])
-		if err := <-submitted; err != nil {
+		if err := <-room; err != nil {
 			t.Fatal(err)
 		}
-		go func() { submitted <- p.Submit(ctx, p.Batch(0)) }()
+		submit(t, p, func(b *Batch) { b.Refuse(99, ErrStopping) })
+		go func() { room <- p.Room(ctx) }()
 		synctest.Wait()
 		cancel(ErrStopping)
-		if err := <-submitted; !errors.Is(err, ErrStopping) {
+		if err := <-room; !errors.Is(err, ErrStopping) {
 			t.Fatal(err)
+		}
+	})
+}
+
+// TestPortsOfOneConnectionHoldUpEachOther: when they have too much under way together,
+// none has room, and all have again once one of them has sent its answers, or is closed.
+func TestPortsOfOneConnectionHoldUpEachOther(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		share := NewShare(10, 20)
+		refuse := func(b *Batch) {
+			for i := range uint64(10) {
+				b.Refuse(i, ErrStopping)
+			}
+		}
+		var ports []*Port
+		for range 5 {
+			ports = append(ports, r.NewPort(5, share))
+		}
+		submit(t, ports[0], refuse)
+		submit(t, ports[1], refuse)
+		room := make(chan error, 5)
+		for _, p := range ports[2:] {
+			go func() { room <- p.Room(t.Context()) }()
+		}
+		synctest.Wait()
+		if len(room) > 0 {
+			t.Error("there is room")
+		}
+		list, _ := ports[0].Take(nil, nil)
+		ports[0].Sent(list[:1])
+		synctest.Wait()
+		if len(room) != 3 {
+			t.Errorf("%d of 3 have room when one was sent", len(room))
+		}
+		submit(t, ports[2], refuse)
+		for _, p := range ports[3:] {
+			go func() { room <- p.Room(t.Context()) }()
+		}
+		synctest.Wait()
+		if len(room) != 3 {
+			t.Error("there is room again")
+		}
+		ports[1].Close(false)
+		synctest.Wait()
+		if len(room) != 5 {
+			t.Errorf("%d have room when one was closed", len(room)-3)
+		}
+		for _, p := range ports {
+			if p != ports[1] {
+				p.Close(false)
+			}
+		}
+		synctest.Wait()
+		if n := share.under.Load(); n != 0 {
+			t.Errorf("%d are under way", n)
 		}
 	})
 }
@@ -178,7 +228,7 @@ func TestCancelOnAPort(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, l := startScript(t)
 		defer r.stop()
-		p := r.NewPort(100, NewShare(100))
+		p := r.NewPort(100, NewShare(100, 1000))
 		defer p.Close(false)
 		submit(t, p, func(b *Batch) { b.Acquire(1, own(1, 0, "a")); b.Acquire(2, own(2, WaitForever, "a")) })
 		if got, _ := replies(t, p); len(got) != 1 || got[1].Err != nil {
@@ -216,7 +266,7 @@ func TestAPortThatCloses(t *testing.T) {
 	for _, detached := range []bool{false, true} {
 		t.Run(fmt.Sprint("detached ", detached), func(t *testing.T) {
 			bubble(t, func(t *testing.T, r *rig) {
-				p := r.NewPort(100, NewShare(100))
+				p := r.NewPort(100, NewShare(100, 1000))
 				submit(t, p, func(b *Batch) {
 					b.Acquire(1, own(1, 0, "a"))
 					b.Acquire(2, own(2, WaitForever, "a"))
@@ -235,7 +285,7 @@ func TestAPortThatCloses(t *testing.T) {
 					t.Errorf("%d holds, %d waiters", status.Holds, status.Waiters)
 				}
 				if detached { // the place is found again, and lost after a TTL
-					again := r.NewPort(10, NewShare(10))
+					again := r.NewPort(10, NewShare(10, 1000))
 					defer again.Close(false)
 					submit(t, again, func(b *Batch) { b.Acquire(1, own(1, 0, "a")); b.Acquire(2, own(2, WaitForever, "a")) })
 					got, _ := replies(t, again)
@@ -257,7 +307,7 @@ func TestAPortThatCloses(t *testing.T) {
 // and of no clean end.
 func TestLossesOnAPort(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
-		p, q := r.NewPort(100, NewShare(100)), r.NewPort(100, NewShare(100))
+		p, q := r.NewPort(100, NewShare(100, 1000)), r.NewPort(100, NewShare(100, 1000))
 		defer p.Close(false)
 		defer q.Close(false)
 		submit(t, p, func(b *Batch) {
@@ -309,7 +359,7 @@ func TestAPortOverFailures(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r, l := startScript(t)
 				defer r.log.Close()
-				p := r.NewPort(100, NewShare(100))
+				p := r.NewPort(100, NewShare(100, 1000))
 				submit(t, p, func(b *Batch) { b.Acquire(1, own(1, 0, "a")); b.Acquire(2, own(2, WaitForever, "a")) })
 				if got, _ := replies(t, p); len(got) != 1 {
 					t.Fatalf("%+v", got)
@@ -338,8 +388,8 @@ func TestAPortOverFailures(t *testing.T) {
 // A reader may submit after its writer has closed the port: that is for nobody.
 func TestSubmittedToAPortThatIsClosed(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
-		p := r.NewPort(100, NewShare(100))
-		q := r.NewPort(100, NewShare(100))
+		p := r.NewPort(100, NewShare(100, 1000))
+		q := r.NewPort(100, NewShare(100, 1000))
 		defer q.Close(false)
 		submit(t, q, func(b *Batch) { b.Acquire(1, own(1, 0, "a")) })
 		if got, _ := replies(t, q); got[1].Err != nil {
@@ -366,7 +416,7 @@ func TestWaitsOfOneConnection(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		shared := NewShare(2)
+		shared := NewShare(2, 1000)
 		p, q := r.NewPort(100, shared), r.NewPort(100, shared)
 		submit(t, p, func(b *Batch) { b.Acquire(1, own(1, WaitForever, "a")); b.Acquire(2, own(2, WaitForever, "a")) })
 		synctest.Wait()
@@ -396,7 +446,7 @@ func TestWaitsOfOneConnection(t *testing.T) {
 // cancels.
 func TestACancelWeighs(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
-		p := r.NewPort(100, NewShare(100))
+		p := r.NewPort(100, NewShare(100, 1000))
 		b := p.Batch(10)
 		for i := range 10 {
 			b.Cancel(uint64(i + 1))
@@ -404,9 +454,7 @@ func TestACancelWeighs(t *testing.T) {
 		if b.weight != 10 {
 			t.Errorf("ten weigh %d", b.weight)
 		}
-		if err := p.Submit(t.Context(), b); err != nil {
-			t.Fatal(err)
-		}
+		p.Submit(b)
 		synctest.Wait()
 		if n := p.under.Load(); n != 0 {
 			t.Errorf("%d are under way", n)

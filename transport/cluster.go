@@ -19,8 +19,9 @@ type clusterID struct {
 	known atomic.Pointer[string]
 }
 
-// get returns the id: "" where nothing is kept on disk, and in a new cluster that
-// has none yet. Only the second may still change: settled is false.
+// get returns the id: "" where nothing is kept on disk, and on a follower of a new
+// cluster that has not heard of it yet. Only the second may still change: settled is
+// false.
 func (c *clusterID) get() (id string, settled bool) {
 	if id := c.known.Load(); id != nil {
 		return *id, true
@@ -42,7 +43,7 @@ type clusterService struct {
 }
 
 // Status is answered by each node, leader or not, from what it has.
-func (s *clusterService) Status(context.Context, *pb.StatusRequest) (*pb.StatusResponse, error) {
+func (s *clusterService) Status(ctx context.Context, _ *pb.StatusRequest) (*pb.StatusResponse, error) {
 	st, node := s.m.Status(), s.node()
 	out := &pb.StatusResponse{
 		Version: node.Version, NodeId: node.ID, ClusterId: node.ClusterID, Term: st.Term, Revision: st.Revision,
@@ -60,7 +61,7 @@ func (s *clusterService) Status(context.Context, *pb.StatusRequest) (*pb.StatusR
 		return out, nil
 	}
 	var list []lease.Member
-	s.work.yield(func() { list, out.Leader, out.Term = s.cluster.Members() })
+	s.work.yield(ctx, func() { list, out.Leader, out.Term = s.cluster.Members() })
 	for _, m := range list {
 		out.Members = append(out.Members, &pb.Member{
 			Id: m.ID, ClientAddress: m.ClientAddress, PeerAddress: m.PeerAddress, Role: m.Role, Leader: m.Leader,
@@ -71,33 +72,33 @@ func (s *clusterService) Status(context.Context, *pb.StatusRequest) (*pb.StatusR
 }
 
 // change makes one change of the members. It gives the worker back meanwhile.
-func (s *clusterService) change(fn func(Cluster) error) (err error) {
+func (s *clusterService) change(ctx context.Context, fn func(Cluster) error) (err error) {
 	if s.cluster == nil {
 		return &lease.MemberError{Msg: "a server that keeps nothing on disk is alone; start it without --in-memory"}
 	}
-	s.work.yield(func() { err = fn(s.cluster) })
+	s.work.yield(ctx, func() { err = fn(s.cluster) })
 	return err
 }
 
-func (s *clusterService) AddMember(_ context.Context, r *pb.AddMemberRequest) (*pb.AddMemberResponse, error) {
+func (s *clusterService) AddMember(ctx context.Context, r *pb.AddMemberRequest) (*pb.AddMemberResponse, error) {
 	out := &pb.AddMemberResponse{}
-	return out, s.change(func(c Cluster) (err error) {
+	return out, s.change(ctx, func(c Cluster) (err error) {
 		out.ClusterId, err = c.AddMember(r.GetId(), r.GetPeerAddress(), r.GetClusterId())
 		return err
 	})
 }
 
-func (s *clusterService) PromoteMember(_ context.Context, r *pb.PromoteMemberRequest) (*pb.PromoteMemberResponse, error) {
-	return &pb.PromoteMemberResponse{}, s.change(func(c Cluster) error { return c.PromoteMember(r.GetId()) })
+func (s *clusterService) PromoteMember(ctx context.Context, r *pb.PromoteMemberRequest) (*pb.PromoteMemberResponse, error) {
+	return &pb.PromoteMemberResponse{}, s.change(ctx, func(c Cluster) error { return c.PromoteMember(r.GetId()) })
 }
 
-func (s *clusterService) RemoveMember(_ context.Context, r *pb.RemoveMemberRequest) (*pb.RemoveMemberResponse, error) {
-	return &pb.RemoveMemberResponse{}, s.change(func(c Cluster) error { return c.RemoveMember(r.GetId()) })
+func (s *clusterService) RemoveMember(ctx context.Context, r *pb.RemoveMemberRequest) (*pb.RemoveMemberResponse, error) {
+	return &pb.RemoveMemberResponse{}, s.change(ctx, func(c Cluster) error { return c.RemoveMember(r.GetId()) })
 }
 
-func (s *clusterService) TransferLeadership(_ context.Context, r *pb.TransferLeadershipRequest) (*pb.TransferLeadershipResponse, error) {
+func (s *clusterService) TransferLeadership(ctx context.Context, r *pb.TransferLeadershipRequest) (*pb.TransferLeadershipResponse, error) {
 	out := &pb.TransferLeadershipResponse{}
-	return out, s.change(func(c Cluster) (err error) {
+	return out, s.change(ctx, func(c Cluster) (err error) {
 		out.Leader, err = c.TransferLeadership(r.GetId())
 		return err
 	})

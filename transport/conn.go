@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"sync/atomic"
+	"time"
 
 	"google.golang.org/grpc/peer"
 
@@ -19,12 +20,18 @@ type conn struct {
 	closed atomic.Bool // gRPC closes a lost connection before it cancels the calls on it
 	box    *outbox     // what waits to be read
 
-	streams atomic.Int64 // of Multiplex, that are open
-	share   *lease.Share // of those
+	multiplex atomic.Int64 // streams of it that are open
+	share     *lease.Share // of those
 
-	headers atomic.Int64 // bytes of headers, of calls under way that have many
-	silent  atomic.Int64 // calls that have sent headers and no request yet
-	cut     atomic.Bool  // closed, for too much of either
+	calls    *calls
+	streams  *streams // calls under way, and what is kept of what they ask
+	received received
+	sent     sent
+	headers  atomic.Int64 // bytes of headers, of calls under way that have many
+	handled  atomic.Int64 // calls that have been asked and not answered
+	busy     atomic.Int64 // unary calls that are being worked on
+	cut      atomic.Bool  // closed, for too much of all that
+	idle     time.Time    // since when it has too many idle calls; of calls.look
 
 	account // see pace.go
 }
@@ -75,8 +82,12 @@ func (l listener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &conn{Conn: raw, peer: l.peer, share: lease.NewShare(maxWaits)}
-	c.open(l.s.sources, raw.RemoteAddr(), l.peer)
+	c := &conn{Conn: raw, peer: l.peer, share: lease.NewShare(maxWaits, maxOnConn), calls: l.s.calls, streams: newStreams(l.s.calls)}
+	c.received, c.sent = newReceived(c.streams), sent{streams: c.streams}
+	if !c.peer {
+		c.calls.open(c)
+		c.openAccount(l.s.sources, raw.RemoteAddr())
+	}
 	c.remote = connAddr{raw.RemoteAddr(), c}
 	c.box = l.s.unread.open(c.remote.String(), func() { raw.Close() })
 	if l.s.seen != nil {
@@ -90,8 +101,9 @@ func (c *conn) RemoteAddr() net.Addr { return c.remote }
 
 // Close implements net.Conn.
 func (c *conn) Close() error {
-	if !c.closed.Swap(true) {
-		c.settle(c.box.handed())
+	if !c.closed.Swap(true) && c.source != nil {
+		c.calls.close(c)
+		c.closeAccount()
 	}
 	c.box.close()
 	return c.Conn.Close()

@@ -102,7 +102,7 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 	for notLeading(err) && time.Now().Before(until) {
 		var conn grpc.ClientConnInterface
 		var known error
-		work.yield(func() {
+		work.yield(ctx, func() {
 			wait, cancel := context.WithDeadline(ctx, until)
 			defer cancel()
 			defer context.AfterFunc(f.stopping, cancel)()
@@ -133,7 +133,7 @@ func (f *forwarder) unary(ctx context.Context, req any, info *grpc.UnaryServerIn
 			resp, err = handler(ctx, req)
 		}
 		if notLeading(err) {
-			work.yield(func() {
+			work.yield(ctx, func() {
 				select {
 				case <-time.After(betweenTries):
 				case <-ctx.Done():

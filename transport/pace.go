@@ -1,28 +1,29 @@
 package transport
 
 import (
-	"maps"
+	"math"
 	"net"
 	"net/netip"
 	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"golang.org/x/net/http2"
 )
 
 // What a client has the server do for nothing is a debt: each frame of HTTP/2 that it
 // sends, for settings, pings and windows cost it next to nothing, and more for a call
 // that is begun and not gone on with, or ended by its client at once. A kibibyte of
-// headers counts like a call. A connection is in debt once that is more than is free,
-// earned by time, and earned by answers; it is read more slowly then, and ten times as
+// headers counts like a call. What is asked pays for its own frames, once it has come
+// whole, and each answer for some more. What is left is earned by time. A connection is
+// in debt once that is more than is free; it is read more slowly then, and ten times as
 // slowly when it is far beyond; not more, for renewals may stand behind a pause.
 const (
 	costOfCall    = 8                // frames
 	freeDebt      = 256 * costOfCall // of a connection
-	debtPerSecond = 500 * costOfCall // earned
-	creditEach    = 8 * costOfCall   // for an answer, and for each 4 KiB of those that are counted
+	debtPerSecond = 500 * costOfCall // earned, by all connections of an address that are in debt together
+	framesOfCall  = 4                // headers, request, what acknowledges the answer
+	framesOfItem  = 2                // of a message on a stream
+	creditEach    = 2 * costOfCall   // for an answer, and for each 4 KiB of those that are counted
 	costOfOpening = 8 * costOfCall   // a connection on which nothing is answered
 	shortPause    = 50 * time.Millisecond
 	longPause     = 500 * time.Millisecond
@@ -31,102 +32,132 @@ const (
 	readBuffer = 8 << 10
 	muchAtOnce = 32 * costOfCall // by one read
 	littleRead = 512
+	leastRead  = 64
 )
 
 // account is what a connection owes.
 type account struct {
-	sources  *sources // nil for another member: nothing is counted
-	from     netip.Prefix
-	since    time.Time
-	answered atomic.Int64 // calls whose clients had not ended them
-	debt     atomic.Int64
-
-	late time.Duration // before the first read
+	source *source // nil for another member: nothing is counted
+	debt   atomic.Int64
+	useful atomic.Bool   // something was answered
+	late   time.Duration // before the first read
 
 	// The reading goroutine's own:
-	begun bool
-	read  frameCount
-	made  int64 // debt, by the last read
+	begun  bool
+	made   int64     // debt, by the last read
+	handed int64     // bytes of answers that have been counted
+	at     time.Time // up to then time has earned
+	sharer bool      // counted by the source
 }
 
-// open begins the account of a connection from an address that may be in debt.
-func (a *account) open(s *sources, from net.Addr, peer bool) {
-	a.since = time.Now() // of the process
-	a.read.skip = len(http2.ClientPreface)
-	if peer {
-		return
+// openAccount begins the account of a connection from an address that may be in debt.
+func (c *conn) openAccount(s *sources, from net.Addr) {
+	c.at = time.Now() // of the process
+	c.source = s.open(prefixOf(from), c.at)
+	owed, sharers := c.source.owed(c.at)
+	if owed > freeDebt {
+		// Who comes back after an outage pays it, too.
+		c.late = min(earning(owed-freeDebt, 1), shortPause)
 	}
-	a.sources, a.from = s, prefixOf(from)
-	if owed := s.owed(a.from, a.since); owed > freeDebt {
-		a.debt.Store(freeDebt)                           // nothing is free
-		a.late = min(earning(owed-freeDebt), shortPause) // who comes back after an outage pays it, too
+	if owed > freeDebt || sharers > 0 {
+		c.debt.Store(freeDebt) // nothing is free
 	}
 }
 
-// settle leaves what a connection owes to the next ones from its address.
-func (a *account) settle(handed int64) {
-	if a.sources == nil {
-		return
-	}
-	owed := max(a.owed(handed), 0)
-	if a.answered.Load() == 0 && handed == 0 {
+// closeAccount leaves what a connection owes to the next ones from its address. It is
+// called once.
+func (c *conn) closeAccount() {
+	owed := max(c.debt.Load()-freeDebt, 0)
+	if !c.useful.Load() {
 		owed += costOfOpening
 	}
-	a.sources.add(a.from, owed, time.Now()) // of the process
+	c.source.close(owed, time.Now()) // of the process
 }
 
 func (a *account) charge(n int64) { a.debt.Add(n) }
 func (a *account) credit(n int64) { a.debt.Add(-n) }
 
-// owed is the debt beyond what is free and has been earned; handed are the bytes of
-// answers that are counted.
-func (a *account) owed(handed int64) int64 {
-	debt := a.debt.Load() - freeDebt
-	if debt <= 0 { // as for nearly all connections
-		return 0
+// answered counts an answer.
+func (a *account) answered() {
+	if !a.useful.Load() {
+		a.useful.Store(true)
 	}
-	debt -= creditEach * (a.answered.Load() + handed/countedBytes)
-	return debt - int64(time.Since(a.since).Seconds()*debtPerSecond) // of the process
+	a.credit(creditEach)
+}
+
+// owed is the debt beyond what is free, and how many connections of the address have
+// one. What is earned when there is no debt is not kept. It is for the reading
+// goroutine.
+func (c *conn) owed() (debt int64, sharers int) {
+	switch d := c.debt.Load(); {
+	case d < 0:
+		c.debt.CompareAndSwap(d, 0)
+		return 0, 0
+	case d <= freeDebt: // as of nearly all connections
+		if c.sharer {
+			c.sharer = false
+			c.source.share(-1)
+		}
+		return 0, 0
+	}
+	if !c.sharer {
+		c.sharer = true
+		sharers = c.source.share(1)
+	} else {
+		sharers = c.source.share(0)
+	}
+	now := time.Now() // of the process
+	handed := c.box.handed()
+	earned := int64(now.Sub(c.at).Seconds()*debtPerSecond)/int64(sharers) + creditEach*((handed-c.handed)/countedBytes)
+	c.at, c.handed = now, handed
+	c.credit(min(earned, c.debt.Load()))
+	return max(c.debt.Load()-freeDebt, 0), sharers
 }
 
 // earning is how long it takes until a debt has been earned.
-func earning(debt int64) time.Duration { return time.Duration(debt) * time.Second / debtPerSecond }
+func earning(debt int64, sharers int) time.Duration {
+	return time.Duration(debt) * time.Second / debtPerSecond * time.Duration(sharers)
+}
 
-// pause is how long the connection is not read for now.
-func (c *conn) pause() time.Duration {
-	if c.debt.Load() <= freeDebt {
-		return 0
-	}
-	switch owed := c.owed(c.box.handed()); {
-	case owed <= 0:
-		return 0
+// pause is how long the connection is not read for now, and how much is read then.
+func (c *conn) pause() (time.Duration, int) {
+	owed, sharers := c.owed()
+	switch {
+	case owed == 0 && c.made <= muchAtOnce:
+		return 0, math.MaxInt
+	case owed == 0:
+		return 0, littleRead
 	case owed > farBeyond:
-		return longPause
-	default:
-		return min(earning(owed), shortPause)
+		return longPause, max(littleRead/sharers, leastRead)
+	case c.made > muchAtOnce:
+		return min(earning(owed, sharers), shortPause), max(littleRead/sharers, leastRead)
 	}
+	return min(earning(owed, sharers), shortPause), math.MaxInt
 }
 
 // Read implements net.Conn. Who sends without a pause lets others have a turn after
-// each buffer, for a goroutine that never waits is stopped only every 10 ms; and who
-// begins much at once is read little by little, for each call is a goroutine.
+// each buffer, for a goroutine that never waits is stopped only every 10 ms; who
+// begins much at once is read little by little, for each call is a goroutine; and who
+// has much worked on waits until that is done.
 func (c *conn) Read(p []byte) (int, error) {
-	if c.late > 0 && !c.begun {
-		time.Sleep(c.late)
-	}
-	c.begun = true
 	most := len(p)
-	d := c.pause()
-	if d > 0 {
-		time.Sleep(d)
-	}
-	if d == longPause || c.made > muchAtOnce {
-		most = min(most, littleRead)
+	if c.source != nil {
+		if c.late > 0 && !c.begun {
+			time.Sleep(c.late)
+		}
+		c.begun = true
+		c.awaitTurn()
+		d, n := c.pause()
+		if d > 0 {
+			time.Sleep(d)
+		}
+		most = min(most, n)
 	}
 	n, err := c.Conn.Read(p[:most])
-	if c.made = 0; c.sources != nil {
-		c.made = c.read.frames(p[:n])
+	if c.source != nil {
+		c.made = c.received.in(p[:n])
 		c.charge(c.made)
+		c.calls.cutIfTooMuch(c)
 	}
 	if n == most && (n >= readBuffer || most < len(p)) {
 		runtime.Gosched()
@@ -134,76 +165,129 @@ func (c *conn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// frameCount counts the frames of HTTP/2 in what is read. Of something else it counts
-// what it takes for frames.
-type frameCount struct {
-	head [9]byte
-	have int // of head
-	skip int // what is left of a payload, or of what a connection begins with
+// Write implements net.Conn.
+func (c *conn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	if c.source != nil {
+		c.sent.out(p[:n])
+	}
+	return n, err
 }
 
-func (f *frameCount) frames(p []byte) (n int64) {
-	for {
-		skip := min(f.skip, len(p))
-		f.skip -= skip
-		p = p[skip:]
-		if len(p) == 0 {
-			return n
+const (
+	// mostBusy is how many calls of one connection are worked on before more of it is
+	// read; when very many are in all, fewBusy.
+	mostBusy, fewBusy = 128, 8
+	veryManyBusy      = 1024
+	busyPause         = time.Millisecond
+	busyPauses        = 100 // at most, whatever they wait for
+)
+
+// awaitTurn waits while many calls of the connection are being worked on.
+func (c *conn) awaitTurn() {
+	for range busyPauses {
+		busy := c.busy.Load()
+		if busy <= fewBusy || busy <= mostBusy && c.calls.busy.Load() <= veryManyBusy {
+			return
 		}
-		got := copy(f.head[f.have:], p)
-		p = p[got:]
-		if f.have += got; f.have == len(f.head) {
-			f.have, f.skip = 0, int(f.head[0])<<16|int(f.head[1])<<8|int(f.head[2])
-			n++
-		}
+		time.Sleep(busyPause)
 	}
 }
 
-// sources remembers which addresses have made connections that are in debt, until it
-// has been earned.
+// sources remembers the addresses that have connections, and those of which
+// connections were in debt, until it has been earned.
 type sources struct {
-	mu sync.Mutex
-	m  map[netip.Prefix]source
+	mu   sync.Mutex
+	m    map[netip.Prefix]*source
+	idle int // without connections
 }
 
+// source is an address. Its sources' mutex guards it.
 type source struct {
-	debt int64
-	at   time.Time // when it was that
+	of      *sources
+	from    netip.Prefix
+	conns   int
+	sharers int       // of them, in debt
+	debt    int64     // of connections that have been closed
+	at      time.Time // when it was that
 }
 
-// mostSources is how many are remembered before those are forgotten that owe nothing.
+// mostSources bounds the addresses without connections that are remembered.
 const mostSources = 4096
 
-func newSources() *sources { return &sources{m: make(map[netip.Prefix]source)} }
+func newSources() *sources { return &sources{m: make(map[netip.Prefix]*source)} }
 
-// owed is the debt of an address, part of which is free.
-func (s *sources) owed(from netip.Prefix, now time.Time) int64 {
+func (s *sources) open(from netip.Prefix, now time.Time) *source {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.m[from].owed(now)
-}
-
-func (s source) owed(now time.Time) int64 {
-	return max(s.debt-int64(now.Sub(s.at).Seconds()*debtPerSecond), 0)
-}
-
-func (s *sources) add(from netip.Prefix, debt int64, now time.Time) {
-	if debt == 0 {
-		return
+	o := s.m[from]
+	if o == nil {
+		o = &source{of: s, from: from, at: now}
+		s.m[from] = o
+	} else if o.conns == 0 {
+		s.idle--
 	}
+	o.conns++
+	return o
+}
+
+// owed is the debt of an address, part of which is free, and how many of its
+// connections are in debt.
+func (o *source) owed(now time.Time) (debt int64, sharers int) {
+	o.of.mu.Lock()
+	defer o.of.mu.Unlock()
+	return o.debtAt(now), o.sharers
+}
+
+func (o *source) debtAt(now time.Time) int64 {
+	return max(o.debt-int64(now.Sub(o.at).Seconds()*debtPerSecond), 0)
+}
+
+// share counts connections in debt, and returns how many there are then, 1 at least.
+func (o *source) share(n int) int {
+	o.of.mu.Lock()
+	defer o.of.mu.Unlock()
+	o.sharers += n
+	return max(o.sharers, 1)
+}
+
+// close counts a connection that is closed, and its debt.
+func (o *source) close(debt int64, now time.Time) {
+	s := o.of
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.m) >= mostSources {
-		maps.DeleteFunc(s.m, func(_ netip.Prefix, o source) bool { return o.owed(now) == 0 })
-	}
-	if _, known := s.m[from]; !known && len(s.m) >= mostSources {
-		for other := range s.m { // any
-			delete(s.m, other)
-			break
+	o.conns--
+	// Not more, so that an address is forgiven soon.
+	o.debt, o.at = min(o.debtAt(now)+debt, freeDebt+farBeyond), now
+	switch {
+	case o.conns > 0:
+	case o.debt == 0:
+		delete(s.m, o.from)
+	default:
+		if s.idle++; s.idle > mostSources {
+			s.forget(now)
 		}
 	}
-	// Not more, so that an address is forgiven soon.
-	s.m[from] = source{min(s.m[from].owed(now)+debt, freeDebt+farBeyond), now}
+}
+
+// forget forgets some addresses without connections: first of all those that owe
+// nothing.
+func (s *sources) forget(now time.Time) {
+	drop := func(owing bool, most int) {
+		for from, o := range s.m {
+			if s.idle <= most {
+				return
+			}
+			if o.conns == 0 && (owing || o.debtAt(now) == 0) {
+				delete(s.m, from)
+				s.idle--
+			}
+		}
+	}
+	drop(false, 0)
+	if s.idle > mostSources {
+		drop(true, mostSources*3/4) // not each time
+	}
 }
 
 // prefixOf is what counts as one address: of IPv6 what one customer has at least.

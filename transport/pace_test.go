@@ -2,10 +2,12 @@ package transport
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -20,11 +22,16 @@ import (
 // TestWhoIsInDebtIsReadMoreSlowly: who has more done for nothing than is free waits for
 // as long as that takes to be earned, or has it answered.
 func TestWhoIsInDebtIsReadMoreSlowly(t *testing.T) {
-	a := &conn{box: &outbox{}}
-	a.since = time.Now()
+	s := newSources()
+	open := func() *conn {
+		a := &conn{box: &outbox{}}
+		a.openAccount(s, &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1)})
+		return a
+	}
+	a := open()
 	check := func(when string, want time.Duration) {
 		t.Helper()
-		if d := a.pause(); d != want {
+		if d, _ := a.pause(); d != want {
 			t.Errorf("%s: a pause of %v, not %v", when, d, want)
 		}
 	}
@@ -34,14 +41,51 @@ func TestWhoIsInDebtIsReadMoreSlowly(t *testing.T) {
 	check("beyond it", shortPause)
 	a.charge(100 * debtPerSecond)
 	check("far beyond it", longPause)
-	a.answered.Add(101*debtPerSecond/creditEach + 1)
+	for range 101 * debtPerSecond / creditEach {
+		a.answered()
+	}
 	check("when as many were answered", 0)
-	a.answered.Store(0)
-	a.box.read = (101*debtPerSecond/creditEach + 1) * countedBytes
+	a.charge(101 * debtPerSecond)
+	a.box.read = 102 * debtPerSecond / creditEach * countedBytes
 	check("when as much was read", 0)
-	a.box.read = 0
-	a.since = a.since.Add(-102 * time.Second)
+	a.charge(101 * debtPerSecond)
+	check("far beyond it again", longPause)
+	a.at = a.at.Add(-102 * time.Second)
 	check("when it has been earned", 0)
+	// What is earned when there is no debt is not kept.
+	for range 1000 {
+		a.answered()
+	}
+	check("after much that was answered", 0)
+	a.at = a.at.Add(-time.Hour)
+	a.charge(freeDebt + 2*debtPerSecond)
+	a.pause()
+	a.charge(freeDebt + 2*debtPerSecond)
+	check("beyond it after a quiet hour", shortPause)
+	// Those of one address earn together, and a new one has nothing free.
+	b := open()
+	if b.debt.Load() != freeDebt {
+		t.Errorf("a new one begins with %d", b.debt.Load())
+	}
+	for range 20 {
+		open().charge(1)
+	}
+	b.charge(debtPerSecond)
+	b.pause()
+	if n := b.source.share(0); n != 2 {
+		t.Errorf("%d are in debt", n)
+	}
+	b.at = b.at.Add(-time.Second)
+	if owed, _ := b.owed(); owed < debtPerSecond*4/10 || owed > debtPerSecond*6/10 {
+		t.Errorf("half a second's is earned of two, and %d of %d is left", owed, debtPerSecond)
+	}
+	for _, c := range []*conn{a, b} {
+		c.debt.Store(0)
+		c.pause()
+	}
+	if n := a.source.sharers; n != 0 {
+		t.Errorf("%d are in debt", n)
+	}
 }
 
 // TestFramesAreCounted: however what is sent is cut into pieces.
@@ -65,9 +109,9 @@ func TestFramesAreCounted(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		c, got := frameCount{skip: len(http2.ClientPreface)}, 0
+		c, got := newReceived(testStreams()), 0
 		for sent.Len() > 0 {
-			got += int(c.frames(sent.Next(1 + r.IntN(1+r.IntN(20_000)))))
+			got += int(c.in(sent.Next(1 + r.IntN(1+r.IntN(20_000)))))
 		}
 		if got != n {
 			t.Fatalf("%d frames counted of %d", got, n)
@@ -102,26 +146,156 @@ func TestDebtGoesWithTheAddress(t *testing.T) {
 	c.Ended(c.Call(pb.LeaseService_KeepAlive_FullMethodName, &pb.KeepAliveRequest{LeaseIds: []uint64{1}}))
 }
 
+func testStreams() *streams { return newStreams(&calls{}) }
+
+// TestMessagesThatHaveNotComeWhole: their bytes are kept until they have, or their
+// stream is over, however what is sent is cut into pieces and padded.
+func TestMessagesThatHaveNotComeWhole(t *testing.T) {
+	r := rand.New(rand.NewPCG(3, 4))
+	for round := range 300 {
+		var out bytes.Buffer
+		out.WriteString(http2.ClientPreface)
+		w := http2.NewFramer(&out, nil)
+		check := func(err error) {
+			t.Helper()
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		type stream struct { // and its message under way
+			left, kept, frames int
+			unread, unreadIn   int // bytes, and frames
+			over, reset        bool
+		}
+		list := make([]*stream, 1+r.IntN(5))
+		headers := func(i int, end bool) {
+			check(w.WriteHeaders(http2.HeadersFrameParam{StreamID: uint32(2*i + 1), EndStream: end, EndHeaders: true, BlockFragment: make([]byte, r.IntN(20))}))
+		}
+		for i := range list {
+			list[i] = &stream{}
+			headers(i, false)
+		}
+		for range r.IntN(60) * r.IntN(20) {
+			i := r.IntN(len(list))
+			s, id := list[i], uint32(2*i+1)
+			switch {
+			case r.IntN(50) == 0:
+				check(w.WriteRSTStream(id, http2.ErrCodeCancel))
+				*s = stream{over: true, reset: true}
+			case s.over:
+			case r.IntN(50) == 0:
+				headers(i, true) // trailers
+				s.kept, s.frames, s.over = 0, 0, true
+			default:
+				var data []byte
+				for n := 1 + r.IntN(300); len(data) < n; {
+					if s.kept == 0 {
+						s.left = r.IntN(400)
+						data = append(data, 0, 0, 0, byte(s.left>>8), byte(s.left))
+						s.kept = messageHeader
+					}
+					k := min(s.left, r.IntN(200))
+					data = append(data, make([]byte, k)...)
+					s.left, s.kept = s.left-k, s.kept+k
+					if s.left == 0 {
+						s.kept, s.frames = 0, 0
+					}
+				}
+				if s.kept > 0 {
+					s.frames++
+				}
+				s.unread, s.unreadIn = s.unread+len(data), s.unreadIn+1
+				if r.IntN(3) == 0 {
+					check(w.WriteDataPadded(id, false, data, make([]byte, r.IntN(50))))
+				} else {
+					check(w.WriteData(id, false, data))
+				}
+			}
+		}
+		kept, messages, open := 0, 0, 0
+		for _, s := range list {
+			kept += max(s.kept+eachPiece*s.frames, max(s.unread-mayBeRead, 0)+eachPiece*max(s.unreadIn-mayBeReadFrames, 0))
+			if s.kept > 0 {
+				messages++
+			}
+			if !s.reset {
+				open++
+			}
+		}
+		f := newReceived(testStreams())
+		for out.Len() > 0 {
+			f.in(out.Next(1 + r.IntN(1+r.IntN(700))))
+		}
+		partial := 0
+		for _, m := range f.streams.open {
+			if m.part != nil {
+				partial++
+			}
+		}
+		if got := f.streams.bytes(); int(got) != kept || partial != messages || f.streams.count() != int64(open) {
+			t.Fatalf("round %d: %d bytes of %d messages of %d streams are kept, not %d of %d of %d", round, got, partial, f.streams.count(), kept, messages, open)
+		}
+		all := f.streams.all
+		if all.under.Load() != int64(open) || all.kept.Load() != int64(kept) {
+			t.Fatalf("round %d: %d streams and %d bytes are counted", round, all.under.Load(), all.kept.Load())
+		}
+		// What the server says that it has read does not count, and what it ends is
+		// over, in whatever pieces it says so.
+		var said bytes.Buffer
+		w = http2.NewFramer(&said, nil)
+		kept, open = 0, 0
+		for i, s := range list {
+			id := uint32(2*i + 1)
+			check(w.WriteWindowUpdate(0, 1<<20))
+			check(w.WriteHeaders(http2.HeadersFrameParam{StreamID: id, EndHeaders: true, BlockFragment: make([]byte, 9)}))
+			check(w.WriteData(id, false, make([]byte, r.IntN(50))))
+			switch {
+			case s.reset:
+			case r.IntN(3) == 0:
+				check(w.WriteRSTStream(id, http2.ErrCodeCancel))
+			case r.IntN(2) == 0:
+				check(w.WriteHeaders(http2.HeadersFrameParam{StreamID: id, EndHeaders: true, EndStream: true}))
+			default:
+				check(w.WriteWindowUpdate(id, uint32(s.unread+1)))
+				kept += s.kept + eachPiece*s.frames
+				open++
+			}
+		}
+		answers := sent{streams: f.streams}
+		for said.Len() > 0 {
+			answers.out(said.Next(1 + r.IntN(20)))
+		}
+		if got := f.streams.bytes(); int(got) != kept || f.streams.count() != int64(open) {
+			t.Fatalf("round %d: afterwards %d bytes of %d streams are kept, not %d of %d", round, got, f.streams.count(), kept, open)
+		}
+		f.streams.close()
+		if all.under.Load() != 0 || all.kept.Load() != 0 {
+			t.Fatalf("round %d: %d streams and %d bytes are counted when it is closed", round, all.under.Load(), all.kept.Load())
+		}
+	}
+}
+
 // TestOpeningForNothing: connections on which nothing is answered are debt of their
 // address, and others are not.
 func TestOpeningForNothing(t *testing.T) {
 	s, from := newSources(), netip.MustParsePrefix("192.0.2.1/32")
 	at := time.Now()
-	close := func(answered int64) {
-		a := account{sources: s, from: from, since: at}
-		a.answered.Store(answered)
-		a.settle(0)
+	close := func(answered bool) {
+		a := conn{}
+		a.source = s.open(from, at)
+		a.useful.Store(answered)
+		a.closeAccount()
 	}
 	for range 100 {
-		close(1)
+		close(true)
 	}
-	if n := s.owed(from, at); n != 0 {
-		t.Errorf("a debt of %d", n)
+	if len(s.m) != 0 {
+		t.Errorf("%d addresses are remembered", len(s.m))
 	}
 	for range 100 {
-		close(0)
+		close(false)
 	}
-	if n := s.owed(from, time.Now()); n > 100*costOfOpening || n < 50*costOfOpening {
+	if n, _ := s.open(from, at).owed(time.Now()); n > 100*costOfOpening || n < 50*costOfOpening {
 		t.Errorf("a debt of %d", n)
 	}
 }
@@ -131,23 +305,31 @@ func TestOpeningForNothing(t *testing.T) {
 func TestSourcesAreForgotten(t *testing.T) {
 	s, at := newSources(), time.Now()
 	from := netip.MustParsePrefix("192.0.2.1/32")
-	s.add(from, 1<<40, at)
-	if n := s.owed(from, at); n != freeDebt+farBeyond {
+	o := s.open(from, at)
+	s.open(from, at)
+	o.close(1<<40, at)
+	if n, _ := o.owed(at); n != freeDebt+farBeyond {
 		t.Errorf("a debt of %d", n)
 	}
-	if n := s.owed(from, at.Add(time.Second)); n != freeDebt+farBeyond-debtPerSecond {
+	if n, _ := o.owed(at.Add(time.Second)); n != freeDebt+farBeyond-debtPerSecond {
 		t.Errorf("%d of it after a second", n)
 	}
 	other := func(i int) netip.Prefix { return netip.MustParsePrefix(fmt.Sprintf("10.%d.%d.1/32", i>>8, i&255)) }
 	for i := range 2 * mostSources {
-		s.add(other(i), 1<<40, at)
+		s.open(other(i), at).close(1<<40, at)
 	}
-	if len(s.m) != mostSources {
-		t.Errorf("%d are remembered", len(s.m))
+	if n := len(s.m); n > mostSources+1 || n < mostSources/2 || s.idle != n-1 {
+		t.Errorf("%d are remembered, %d without connections", n, s.idle)
 	}
-	s.add(from, 1, at.Add(time.Hour))
-	if len(s.m) != 1 {
-		t.Errorf("%d are remembered when only one owes", len(s.m))
+	if s.m[from] != o {
+		t.Error("one with a connection is forgotten")
+	}
+	at = at.Add(time.Hour)
+	for i := range mostSources {
+		s.open(other(1<<15+i), at).close(1, at)
+	}
+	if n := len(s.m); n > mostSources+1 || s.idle != n-1 {
+		t.Errorf("%d are remembered, %d without connections", n, s.idle)
 	}
 }
 
@@ -206,6 +388,23 @@ func TestWhoIsAnsweredIsNeverInDebt(t *testing.T) {
 				}
 			}
 		},
+		"waits": func(c *grpc.ClientConn) {
+			ctx, cancel := context.WithCancel(soon(t))
+			var group sync.WaitGroup
+			if _, err := r.locks().Acquire(ctx, benchAcquire(99)); err != nil {
+				t.Fatal(err)
+			}
+			for range 90 {
+				group.Go(func() { pb.NewLockServiceClient(c).Acquire(ctx, benchAcquire(99)) })
+			}
+			soonTrue(t, "all wait", func() bool {
+				k, err := r.locks().Get(ctx, &pb.GetRequest{Name: "orders/99"})
+				return err == nil && k.GetLock().GetWaiterCount() == 90
+			})
+			time.Sleep(2 * atOnce)
+			cancel()
+			group.Wait()
+		},
 		"a stream": func(c *grpc.ClientConn) {
 			s, err := pb.NewStreamServiceClient(c).Multiplex(soon(t))
 			if err != nil {
@@ -239,13 +438,13 @@ func TestWhoIsAnsweredIsNeverInDebt(t *testing.T) {
 		soonTrue(t, "it is accepted", func() bool { return seen.Load() != nil })
 		a := seen.Load()
 		do(c)
-		owed := a.debt.Load() - creditEach*(a.answered.Load()+a.box.handed()/countedBytes)
+		owed := a.debt.Load() - creditEach*(a.box.handed()/countedBytes)
 		t.Logf("%s: a debt of %d", what, owed)
-		if a.debt.Load() < 100 {
-			t.Errorf("%s: no frames are counted", what)
-		}
 		if owed > freeDebt/4 {
 			t.Errorf("%s: a debt of %d", what, owed)
+		}
+		if n := a.streams.bytes(); n != 0 {
+			t.Errorf("%s: %d bytes of requests have not come whole", what, n)
 		}
 		c.Close()
 	}

@@ -120,11 +120,20 @@ type Server struct {
 	refusing *refusing // answers those for which there is no room
 	unread   *unread
 	sources  *sources
+	calls    *calls
 	keeping  sync.Once
 	seen     func(*conn)     // of tests: each connection
 	stopping context.Context // ends when Stop begins
 	stop     context.CancelFunc
 }
+
+// readTimes is how many times the bound a request may have and still be read, so that
+// it can be answered what is wrong with it.
+const readTimes = 4
+
+// streamWindow is what a client may send of a call before the server reads it; of a
+// large message gRPC lets it send all.
+const streamWindow = 64 << 10
 
 // NewServer returns a server. Serve starts it.
 func NewServer(cfg Config) *Server {
@@ -137,17 +146,20 @@ func NewServer(cfg Config) *Server {
 	if cfg.MaxStreams == 0 {
 		cfg.MaxStreams = 10_000
 	}
-	work, calls := newWorkers(cfg.Workers), &calls{most: int64(cmp.Or(cfg.MaxCalls, math.MaxInt)), refused: cfg.Refused, logger: cfg.Logger}
+	work, calls := newWorkers(cfg.Workers), &calls{
+		most: int64(cmp.Or(cfg.MaxCalls, math.MaxInt)), each: max(maxEach, 2*readTimes*int64(cfg.MaxMessageBytes)), inAll: maxKept,
+		conns: make(map[*conn]struct{}), refused: cfg.Refused, logger: cfg.Logger,
+	}
 	stopping, stop := context.WithCancel(context.Background())
 	forward := &forwarder{
 		cluster: cfg.Cluster, m: cfg.Manager, stopping: stopping, work: work, leaderless: cmp.Or(cfg.Leaderless, time.Second),
 	}
 	s := &Server{
 		stopping: stopping, stop: stop, forward: forward,
-		most: cfg.MaxConnections, refusing: newRefusing(cfg.MaxConnections, cfg.Refused), unread: newUnread(cfg.Logger, cfg.Refused), sources: newSources(),
+		most: cfg.MaxConnections, refusing: newRefusing(cfg.MaxConnections, cfg.Refused), unread: newUnread(cfg.Logger, cfg.Refused, calls.look), sources: newSources(), calls: calls,
 		grpc: grpc.NewServer(
 			grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto"), cfg.MaxMessageBytes}),
-			grpc.MaxRecvMsgSize(4*cfg.MaxMessageBytes),
+			grpc.MaxRecvMsgSize(readTimes*cfg.MaxMessageBytes),
 			grpc.WaitForHandlers(true),
 			grpc.NumStreamWorkers(64), // a call's goroutine finds its stack grown
 			grpc.MaxConcurrentStreams(cfg.MaxStreams),
@@ -155,7 +167,7 @@ func NewServer(cfg Config) *Server {
 			grpc.ReadBufferSize(readBuffer), // kept by idle connections too
 			// Windows of a fixed size: gRPC finds others by a ping each way with
 			// every message, and lets a connection fill up to 16 MiB.
-			grpc.StaticStreamWindowSize(256<<10),
+			grpc.StaticStreamWindowSize(streamWindow),
 			grpc.StaticConnWindowSize(512<<10),
 			grpc.MaxHeaderListSize(16<<10),
 			grpc.ConnectionTimeout(20*time.Second),
@@ -259,7 +271,10 @@ func unary(logger *zap.Logger, work workers, refused func(string)) grpc.UnarySer
 		}
 		out := &sending{box: boxOf(ctx)}
 		if bytes > 0 {
-			if err := out.reserve(ctx, bytes); err != nil {
+			again := rest(ctx)
+			err := out.reserve(ctx, bytes)
+			again()
+			if err != nil {
 				return nil, toStatus(err)
 			}
 		}
@@ -368,7 +383,8 @@ func (w workers) leave() {
 
 // yield gives the worker back while fn waits for the manager: in a queue
 // or for the log. It is taken again to finish the request.
-func (w workers) yield(fn func()) {
+func (w workers) yield(ctx context.Context, fn func()) {
+	defer rest(ctx)()
 	w.leave()
 	defer func() {
 		if w != nil {

@@ -347,7 +347,7 @@ func TestWindowsAreOfAFixedSize(t *testing.T) {
 			answered = f.StreamEnded()
 		}
 	}
-	if window != 256<<10 {
+	if window != streamWindow {
 		t.Errorf("the window of a stream is %d bytes", window)
 	}
 }

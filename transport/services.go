@@ -38,7 +38,7 @@ func (d door) do(ctx context.Context, req any) (r lease.Reply, err error) {
 }
 
 func (d door) ask(ctx context.Context, op lease.Operation) (r lease.Reply, err error) {
-	d.work.yield(func() { r, err = d.m.Do(ctx, op) })
+	d.work.yield(ctx, func() { r, err = d.m.Do(ctx, op) })
 	return r, err
 }
 

@@ -23,8 +23,9 @@ const (
 	// of a connection has an nth of it.
 	maxUnderWay   = 8192
 	leastUnderWay = 16
-	// maxWaits bounds the acquisitions that wait on the streams of one connection.
-	maxWaits = 65_536
+	// maxWaits bounds the acquisitions that wait on the streams of one connection, and
+	// maxOnConn the other operations: a stream takes each message whole.
+	maxWaits, maxOnConn = 65_536, 16_384
 	// maxOperations bounds one message.
 	maxOperations = 8192
 )
@@ -44,10 +45,10 @@ type multiplexStream = grpc.BidiStreamingServer[pb.MultiplexRequest, pb.Multiple
 // and both end with the call. Between them stands the manager's port, so that
 // no operation needs a goroutine of its own.
 func (s *streamService) Multiplex(stream multiplexStream) error {
-	under, share := maxUnderWay, lease.NewShare(maxWaits)
+	under, share := maxUnderWay, lease.NewShare(maxWaits, maxOnConn)
 	if a := connOf(stream.Context()); a != nil {
-		under, share = max(maxUnderWay/int(a.streams.Add(1)), leastUnderWay), a.share
-		defer a.streams.Add(-1)
+		under, share = max(maxUnderWay/int(a.multiplex.Add(1)), leastUnderWay), a.share
+		defer a.multiplex.Add(-1)
 	}
 	port := s.m.NewPort(under, share)
 	connection := connectionOf(stream)
@@ -102,6 +103,9 @@ func (s *streamService) read(stream multiplexStream, port *lease.Port) (err erro
 		if cap(data) > keepBytes {
 			data = nil
 		}
+		if err := port.Room(ctx); err != nil {
+			return err
+		}
 		if err := stream.RecvMsg(encoded{&data}); err != nil {
 			return err
 		}
@@ -124,7 +128,11 @@ func (s *streamService) take(ctx context.Context, data []byte, decoder *wire.Ope
 	if err != nil {
 		return err
 	}
-	return port.Submit(ctx, batch)
+	if a := connOf(ctx); a != nil && len(data) > 0 {
+		a.credit(framesOfItem)
+	}
+	port.Submit(batch)
+	return nil
 }
 
 // gather decodes the operations of one message.
@@ -205,7 +213,7 @@ func (w *writer) flush() (err error) {
 	if len(w.replies)+len(w.losses) == 0 {
 		return nil
 	}
-	out, sent := wire.Buffer(max(countedBytes, bytesEach*(len(w.replies)+len(w.losses)))), 0
+	out, sent := room(len(w.replies)+len(w.losses)), 0
 	if w.cluster != nil {
 		id, settled := w.cluster.get()
 		if *out = wire.AppendCluster(*out, id); settled {
@@ -224,7 +232,7 @@ func (w *writer) flush() (err error) {
 			if err := w.send(out, w.replies[sent:i+1]); err != nil {
 				return err
 			}
-			out, sent = wire.Buffer(max(countedBytes, bytesEach*(len(w.replies)-i))), i+1
+			out, sent = room(len(w.replies)-i), i+1
 		}
 	}
 	for _, l := range w.losses {
@@ -239,8 +247,15 @@ func (w *writer) flush() (err error) {
 	return w.send(out, w.replies[sent:])
 }
 
-// bytesEach is about what an answer takes.
-const bytesEach = 64
+// room is a buffer for so many answers. gRPC has none between 32 KiB and 1 MiB.
+func room(answers int) *[]byte {
+	return wire.Buffer(min(max(countedBytes, bytesEach*answers), smallAnswer+mostAnswer))
+}
+
+const (
+	bytesEach  = 64      // about what an answer takes
+	mostAnswer = 8 << 10 // what nearly each takes at most
+)
 
 func (w *writer) send(out *[]byte, replies []lease.Reply) error {
 	if err := w.stream.SendMsg(encoded{out}); err != nil {

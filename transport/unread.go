@@ -30,6 +30,7 @@ type unread struct {
 
 	logger  *zap.Logger
 	refused func(reason string)
+	also    func(now time.Time) // looks, as often, at what else clients leave undone
 
 	total atomic.Int64  // that waits or has been reserved
 	fell  chan struct{} // buffered, one: total has fallen below inAll
@@ -46,12 +47,12 @@ type unread struct {
 // cut because their clients do not read. Nobody is told.
 const ReasonSlowReader = "SLOW_READER"
 
-func newUnread(logger *zap.Logger, refused func(string)) *unread {
+func newUnread(logger *zap.Logger, refused func(string), also func(time.Time)) *unread {
 	ctx, cancel := context.WithCancel(context.Background())
 	return &unread{
 		ctx: ctx, cancel: cancel,
 		each: 4 << 20, inAll: 256 << 20, patience: 30 * time.Second, pressed: time.Second,
-		logger: logger, refused: refused, fell: make(chan struct{}, 1), conns: make(map[*outbox]struct{}),
+		logger: logger, refused: refused, also: also, fell: make(chan struct{}, 1), conns: make(map[*outbox]struct{}),
 	}
 }
 
@@ -96,6 +97,7 @@ func (u *unread) keep() {
 			}
 		case now := <-look.C:
 			u.look(now)
+			u.also(now)
 		}
 	}
 }
@@ -163,15 +165,15 @@ type outbox struct {
 	since time.Time
 }
 
-// full refuses an answer that does not wait for room when four times as much waits
-// as makes others wait. What was asked has been done: it may be asked again.
+// full refuses an answer that does not wait for room when very much waits. What was
+// asked has been done: it may be asked again.
 func (b *outbox) full() error {
 	if b == nil {
 		return nil
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.waiting > 4*b.all.each {
+	if b.waiting > manyAnswers*b.all.each {
 		return lease.ErrOutcomeUnknown
 	}
 	return nil
@@ -287,19 +289,24 @@ func (s *sending) reserve(ctx context.Context, n int64) error {
 }
 
 // turn waits for room for a small message, unless the last one has gone: an answer
-// to a renewal does not wait for others' lists.
+// to a renewal does not wait for others' lists, unless very much waits already.
 func (s *sending) turn(ctx context.Context) error {
 	if s.box == nil || s.room > 0 {
 		return nil
 	}
 	s.box.mu.Lock()
-	own := s.own
+	waits := s.own > 0 || s.box.waiting > manyAnswers*s.box.all.each ||
+		s.box.waiting > smallAnswer && s.box.all.total.Load() > s.box.all.inAll
 	s.box.mu.Unlock()
-	if own == 0 {
+	if !waits {
 		return nil
 	}
 	return s.reserve(ctx, smallAnswer)
 }
+
+// manyAnswers is how many times as much waits when no answer is taken any more, as
+// when large ones wait.
+const manyAnswers = 4
 
 // done gives back what has been reserved.
 func (s *sending) done() {
@@ -384,7 +391,7 @@ func encode(msg any) (*[]byte, error) {
 }
 
 const (
-	smallAnswer = 64 << 10
+	smallAnswer = 24 << 10
 	perEntry    = 1 << 10 // of a list
 )
 

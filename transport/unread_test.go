@@ -175,7 +175,7 @@ func TestSlowReadersOfAllConnections(t *testing.T) {
 // TestWhoReadsSlowlyIsNotCut: what counts is that everything is read in time that
 // waited at one moment, whatever comes after it.
 func TestWhoReadsSlowlyIsNotCut(t *testing.T) {
-	u := newUnread(nil, nil)
+	u := newUnread(nil, nil, nil)
 	b := u.open("", func() {})
 	s := &sending{box: b}
 	var bufs [][]byte
@@ -212,7 +212,7 @@ func TestWhoReadsSlowlyIsNotCut(t *testing.T) {
 // TestStreamsThatNobodyReads: each stream has one small message at most that waits
 // beyond the bound of its connection.
 func TestStreamsThatNobodyReads(t *testing.T) {
-	u := newUnread(nil, nil)
+	u := newUnread(nil, nil, nil)
 	b := u.open("", func() {})
 	full := &sending{box: b}
 	buf := make([]byte, u.each)
