@@ -54,8 +54,7 @@ const (
 	fairKept = 64 << 10
 	// An idle call waits for what is asked, or for its answer to be read. When there
 	// are too many calls, a connection may have an equal part of them idle, fewIdle at
-	// least and maxIdle at most: whoever has more is cut after idleFor, or at once with
-	// more than maxIdle.
+	// least and maxIdle at most: whoever has more for idleFor is cut.
 	fewIdle, maxIdle = 16, 1000
 	idleFor          = time.Second
 	// mostOperations bounds what is under way on the streams of all connections: answers
@@ -171,9 +170,6 @@ func (c *calls) tap(ctx context.Context, info *tap.Info) (context.Context, error
 	conn.charge(call.cost)
 	if c.under.Load() > c.most && !brief[info.FullMethodName] {
 		call.refused = &lease.ExhaustedError{What: "calls under way", Max: int(c.most)}
-		if conn.idleCalls() > maxIdle {
-			c.cut(conn)
-		}
 	}
 	if bytes > fewHeaders {
 		headers := conn.headers.Add(bytes)

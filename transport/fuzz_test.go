@@ -34,11 +34,15 @@ func decode(data []byte, msg proto.Message) error {
 
 // running is a real manager, small enough to be full at times.
 func running(f testing.TB) *lease.Manager {
+	return bounded(f, lease.Bounds{MaxLeases: 100, MaxLocks: 100, MaxWaiters: 100})
+}
+
+func bounded(f testing.TB, bounds lease.Bounds) *lease.Manager {
 	store := lease.NewStore(0)
 	log := lease.NewMemoryLog(store)
 	m, err := lease.New(lease.Config{
 		Clock: clockwork.NewFakeClock(), Log: log, Store: store,
-		Bounds: lease.Bounds{MaxLeases: 100, MaxLocks: 100, MaxWaiters: 100},
+		Bounds: bounds,
 	})
 	if err != nil {
 		f.Fatal(err)

@@ -60,7 +60,7 @@ func (c *conn) openAccount(s *sources, from net.Addr) {
 		c.late = min(earning(owed-freeDebt, 1), shortPause)
 	}
 	if owed > freeDebt || sharers > 0 {
-		c.debt.Store(freeDebt) // nothing is free
+		c.debt.Store(freeDebt - costOfOpening) // only its first call is free
 	}
 }
 
