@@ -51,7 +51,7 @@ test: ## run all tests with the race detector
 	$(GO) test -race ./...
 
 # Those that run no processes and whose disks are small.
-QUICK := ./lease/... ./fence/... ./transport ./client ./cmd/... ./internal/archtest ./internal/bound ./internal/server ./internal/wire \
+QUICK := ./lease/... ./fence/... ./transport ./client ./cmd/... ./internal/archtest ./internal/bound ./internal/server ./proto/wire \
 	./internal/metrics ./internal/reliability/check ./internal/reliability/mutants
 
 .PHONY: check
@@ -156,7 +156,7 @@ mutants: ## plant each known bug and see which layers catch it (MUTANTS=-gate: o
 
 # Each is package@fuzzer.
 FUZZERS := lease/machine@FuzzDecodeBatch lease/machine@FuzzRestore transport@FuzzAcquireRequest transport@FuzzRequests \
-	internal/wire@FuzzRequest internal/wire@FuzzResponse internal/replica@FuzzUnseal internal/replica@FuzzEntry internal/replica@FuzzSnapshot
+	proto/wire@FuzzRequest proto/wire@FuzzResponse internal/replica@FuzzUnseal internal/replica@FuzzEntry internal/replica@FuzzSnapshot
 
 .PHONY: fuzz $(FUZZERS)
 fuzz: ## fuzz every decoder and validator for FUZZTIME each, at once

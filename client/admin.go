@@ -29,7 +29,8 @@ func (a Admin) Grant(ctx context.Context, ttl time.Duration, opts ...GrantOption
 
 // Release gives back a hold by name and token, whoever acquired it.
 func (a Admin) Release(ctx context.Context, name string, token fence.Token) error {
-	return a.c.releaseCall(ctx, releaseOperation(&pb.ReleaseRequest{Name: name, Token: uint64(token)}))
+	_, err := a.c.operate(ctx, releaseOperation(&pb.ReleaseRequest{Name: name, Token: uint64(token)}))
+	return err
 }
 
 // ForceRelease breaks the hold with token on a lock, or every hold when token
@@ -38,10 +39,10 @@ func (a Admin) ForceRelease(ctx context.Context, name string, token fence.Token,
 	if by == "" {
 		by = a.c.owner
 	}
-	return a.c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
-		_, err := locksOf(conn).ForceRelease(ctx, &pb.ForceReleaseRequest{Name: name, Token: uint64(token), By: by})
-		return err
-	})
+	_, err := a.c.operate(ctx, &pb.Operation{Call: &pb.Operation_ForceRelease{
+		ForceRelease: &pb.ForceReleaseRequest{Name: name, Token: uint64(token), By: by},
+	}})
+	return err
 }
 
 // Lease shows a lease. Errors: ErrLeaseGone.
@@ -72,16 +73,13 @@ func (a Admin) Leases(ctx context.Context, opts ...ReadOption) iter.Seq2[LeaseIn
 // KeepAlive renews leases once and returns the TTL of each, counted from the
 // server's receipt. The first that is gone is the error.
 func (a Admin) KeepAlive(ctx context.Context, ids ...uint64) ([]time.Duration, error) {
-	var resp *pb.KeepAliveResponse
-	err := a.c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) (err error) {
-		resp, err = leasesOf(conn).KeepAlive(ctx, &pb.KeepAliveRequest{LeaseIds: ids})
-		return err
-	})
+	answer, err := a.c.operate(ctx, &pb.Operation{Call: &pb.Operation_KeepAlive{KeepAlive: &pb.KeepAliveRequest{LeaseIds: ids}}})
 	if err != nil {
 		return nil, err
 	}
-	ttls := make([]time.Duration, len(resp.GetResults()))
-	for i, r := range resp.GetResults() {
+	results := answer.GetKeepAlive().GetResults()
+	ttls := make([]time.Duration, len(results))
+	for i, r := range results {
 		if p := r.GetProblem(); p != nil {
 			return nil, goneError(p)
 		}
@@ -105,10 +103,8 @@ func (a Admin) Revoke(ctx context.Context, id uint64, by string) error {
 	if by == "" {
 		by = a.c.owner
 	}
-	return a.c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
-		_, err := leasesOf(conn).Revoke(ctx, &pb.RevokeRequest{LeaseId: id, By: by})
-		return err
-	})
+	_, err := a.c.operate(ctx, &pb.Operation{Call: &pb.Operation_Revoke{Revoke: &pb.RevokeRequest{LeaseId: id, By: by}}})
+	return err
 }
 
 // Status asks the server how it is.
@@ -118,25 +114,28 @@ func (a Admin) Status(ctx context.Context) (Status, error) {
 		r, err = pb.NewClusterServiceClient(conn).Status(ctx, &pb.StatusRequest{})
 		return err
 	})
+	return statusOf(r), err
+}
+
+func statusOf(r *pb.StatusResponse) Status {
 	s := Status{
 		Version: r.GetVersion(), NodeID: r.GetNodeId(), ClusterID: r.GetClusterId(), Leader: r.GetLeader(),
 		Term: r.GetTerm(), Revision: r.GetRevision(), LastToken: fence.Token(r.GetLastToken()),
 		Leases: r.GetLeases(), Locks: r.GetLocks(), Waiters: r.GetWaiters(), InMemory: r.GetInMemory(),
-		StartedAt: r.GetStartedAt().AsTime(), Level: r.GetLevel(),
-	}
-	for _, m := range r.GetMembers() {
-		s.Members = append(s.Members, Member{
-			ID: m.GetId(), ClientAddress: m.GetClientAddress(), PeerAddress: m.GetPeerAddress(), Role: m.GetRole(),
-			Leader: m.GetLeader(), Healthy: m.GetHealthy(), AppliedIndex: m.GetAppliedIndex(),
-			Incarnation: m.GetIncarnation(),
-		})
+		StartedAt: timeOf(r.GetStartedAt()), Level: r.GetLevel(),
+		Members: each(r.GetMembers(), func(m *pb.Member) Member {
+			return Member{
+				ID: m.GetId(), ClientAddress: m.GetClientAddress(), PeerAddress: m.GetPeerAddress(), Role: m.GetRole(),
+				Leader: m.GetLeader(), Healthy: m.GetHealthy(), AppliedIndex: m.GetAppliedIndex(), Incarnation: m.GetIncarnation(),
+			}
+		}),
 	}
 	if x := r.GetRestored(); x != nil {
 		s.Restored = &Restored{
-			At: x.GetAt().AsTime(), BackupAt: x.GetBackupAt().AsTime(), ClusterID: x.GetClusterId(), TokensAbove: fence.Token(x.GetTokensAbove()),
+			At: timeOf(x.GetAt()), BackupAt: timeOf(x.GetBackupAt()), ClusterID: x.GetClusterId(), TokensAbove: fence.Token(x.GetTokensAbove()),
 		}
 	}
-	return s, err
+	return s
 }
 
 func clusterOf(conn *grpc.ClientConn) pb.ClusterServiceClient {

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
@@ -50,7 +51,7 @@ var errAskAgain = &Error{Code: codes.Unavailable, Message: "the server answers a
 
 // callerOn is how an operation goes over a connection.
 func (c *Client) callerOn(conn *grpc.ClientConn, op *pb.Operation) (caller, error) {
-	if acquire, ok := op.GetCall().(*pb.Operation_Acquire); c.unary || ok && sizeOfAcquire(acquire.Acquire) > maxOnStream {
+	if c.unary || sizeOf(op) > maxOnStream {
 		return calls{conn}, nil
 	}
 	return c.streamOn(conn)
@@ -150,6 +151,15 @@ func (u calls) call(ctx context.Context, op *pb.Operation) (*pb.Answer, error) {
 	case *pb.Operation_CheckToken:
 		resp, err := locksOf(u.conn).CheckToken(ctx, r.CheckToken)
 		return &pb.Answer{Result: &pb.Answer_CheckToken{CheckToken: resp}}, err
+	case *pb.Operation_ForceRelease:
+		resp, err := locksOf(u.conn).ForceRelease(ctx, r.ForceRelease)
+		return &pb.Answer{Result: &pb.Answer_ForceRelease{ForceRelease: resp}}, err
+	case *pb.Operation_Grant:
+		resp, err := leasesOf(u.conn).Grant(ctx, r.Grant)
+		return &pb.Answer{Result: &pb.Answer_Grant{Grant: resp}}, err
+	case *pb.Operation_Revoke:
+		resp, err := leasesOf(u.conn).Revoke(ctx, r.Revoke)
+		return &pb.Answer{Result: &pb.Answer_Revoke{Revoke: resp}}, err
 	}
 	return nil, status.Error(codes.Unimplemented, "not an operation of this client")
 }
@@ -175,8 +185,11 @@ func validText(op *pb.Operation) bool {
 			}
 		}
 		return utf8.ValidString(r.GetOwner()) && utf8.ValidString(r.GetActor())
+	case *pb.Operation_KeepAlive, *pb.Operation_Abandon: // have no text
+		return true
 	}
-	return true
+	_, err := proto.Marshal(op) // of those that are rare
+	return err == nil
 }
 
 // acquireOperation, releaseOperation and abandonOperation put a request into an

@@ -273,6 +273,19 @@ func (c *Client) call(ctx context.Context, fn func(context.Context, *grpc.Client
 	})
 }
 
+// operate has an operation done that should be answered at once, as call does.
+func (c *Client) operate(ctx context.Context, op *pb.Operation) (answer *pb.Answer, err error) {
+	err = c.retry(ctx, c.callFor, func(ctx context.Context, conn *grpc.ClientConn) (err error) {
+		send := op
+		if op.Id != 0 { // it has been on a stream
+			send = again(op)
+		}
+		answer, err = c.ask(ctx, conn, send, patience{within: c.attemptTimeout()})
+		return err
+	})
+	return answer, err
+}
+
 // attemptTimeout is maxAttempt, or the time for the whole call where that is shorter.
 func (c *Client) attemptTimeout() time.Duration { return min(maxAttempt, c.callFor) }
 

@@ -52,7 +52,7 @@ const (
 	CauseExpired       Cause = "expired"
 	CauseRevoked       Cause = "revoked"
 	CauseForceReleased Cause = "force-released"
-	CauseDeleted       Cause = "deleted"
+	CauseUndeclared    Cause = "undeclared"
 	// CauseUnreachable: no renewal was acknowledged before the local deadline.
 	CauseUnreachable Cause = "unreachable"
 )
@@ -62,7 +62,7 @@ var causes = map[pb.EndCause]Cause{
 	pb.EndCause_END_CAUSE_EXPIRED:        CauseExpired,
 	pb.EndCause_END_CAUSE_REVOKED:        CauseRevoked,
 	pb.EndCause_END_CAUSE_FORCE_RELEASED: CauseForceReleased,
-	pb.EndCause_END_CAUSE_UNDECLARED:     CauseDeleted,
+	pb.EndCause_END_CAUSE_UNDECLARED:     CauseUndeclared,
 }
 
 // ClusterError tells that the server that answers has another history than the
@@ -213,16 +213,18 @@ func toError(err error) *Error {
 func (e *Error) problem(p *pb.Problem) {
 	e.Name, e.LeaseID, e.Token = p.GetName(), p.GetLeaseId(), fence.Token(p.GetToken())
 	e.Cause, e.By = causes[p.GetCause()], p.GetBy()
-	if p.GetEndedAt() != nil {
-		e.EndedAt = p.GetEndedAt().AsTime()
-	}
+	e.EndedAt = timeOf(p.GetEndedAt())
 	e.CurrentToken, e.LastToken = fence.Token(p.GetCurrentToken()), fence.Token(p.GetLastToken())
 	e.GrantedSince, e.Field = p.GetGrantedSince(), p.GetField()
 	for _, o := range p.GetObstacles() {
-		e.Obstacles = append(e.Obstacles, Obstacle{
-			Name: o.GetName(), Position: int(o.GetPosition()), HolderCount: int(o.GetHolderCount()),
-			Holders: holders(o.GetHolders()), Ahead: waiters(o.GetAhead()),
-			DelayRemaining: o.GetDelayRemaining().AsDuration(), Limit: o.GetLimit(),
-		})
+		e.Obstacles = append(e.Obstacles, obstacle(o))
+	}
+}
+
+func obstacle(o *pb.Obstacle) Obstacle {
+	return Obstacle{
+		Name: o.GetName(), Position: int(o.GetPosition()), HolderCount: int(o.GetHolderCount()),
+		Holders: holders(o.GetHolders()), Ahead: waiters(o.GetAhead()),
+		DelayRemaining: o.GetDelayRemaining().AsDuration(), Limit: o.GetLimit(),
 	}
 }

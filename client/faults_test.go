@@ -862,7 +862,8 @@ func TestWhenATTLCountsFrom(t *testing.T) {
 		if a.GetAcquire() != nil {
 			s.Clock.Advance(2 * time.Second)
 		}
-	}}).option(), onCalls(func(ctx context.Context, method string, call func(context.Context) error) error {
+	}}).option())
+	unary := s.Client(t, client.WithUnary(), onCalls(func(ctx context.Context, method string, call func(context.Context) error) error {
 		err := call(ctx)
 		if strings.HasSuffix(method, "/Grant") && first {
 			first = false
@@ -878,7 +879,7 @@ func TestWhenATTLCountsFrom(t *testing.T) {
 	if left := lock.Remaining(); left > 10*time.Second {
 		t.Errorf("a try answered after 2s: %v left of 12s", left)
 	}
-	lease, err := c.Grant(t.Context(), 12*time.Second)
+	lease, err := unary.Grant(t.Context(), 12*time.Second)
 	if err != nil {
 		t.Fatal(err)
 	}

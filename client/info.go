@@ -3,6 +3,8 @@ package client
 import (
 	"time"
 
+	"google.golang.org/protobuf/types/known/timestamppb"
+
 	"github.com/distlock/distlock/fence"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 )
@@ -71,13 +73,25 @@ type LeaseInfo struct {
 	Own                     bool // made with an acquisition, ends with it
 }
 
-// Hold is one grant under a lease.
+// Hold is one hold under a lease.
 type Hold struct {
-	Token  fence.Token
-	Shared bool
-	Since  time.Time
-	Names  []string
+	Token     fence.Token
+	LeaseID   uint64
+	TTL       time.Duration // 0 where it is the lease's
+	Shared    bool
+	Locks     []HeldLock
+	RequestID uint64
+	GrantedAt time.Time
 }
+
+// HeldLock is one lock of a hold.
+type HeldLock struct {
+	Name  string
+	Floor fence.Token
+}
+
+// Names are the names of its locks.
+func (h Hold) Names() []string { return each(h.Locks, func(k HeldLock) string { return k.Name }) }
 
 // TokenCheck answers CheckToken.
 type TokenCheck struct {
@@ -99,7 +113,7 @@ const (
 	EventDelayStarted EventKind = "delay-started"
 	EventDelayEnded   EventKind = "delay-ended"
 	EventDeclared     EventKind = "declared"
-	EventUndeclared   EventKind = "deleted"
+	EventUndeclared   EventKind = "undeclared"
 )
 
 var kinds = map[pb.Event_Kind]EventKind{
@@ -171,7 +185,7 @@ func holders(list []*pb.Holder) []Holder {
 	for _, h := range list {
 		out = append(out, Holder{
 			Token: fence.Token(h.GetToken()), Floor: fence.Token(h.GetFloor()), LeaseID: h.GetLeaseId(),
-			Owner: h.GetOwner(), Shared: h.GetMode() == pb.Mode_MODE_SHARED, Since: h.GetSince().AsTime(),
+			Owner: h.GetOwner(), Shared: h.GetMode() == pb.Mode_MODE_SHARED, Since: timeOf(h.GetSince()),
 			Actor: h.GetActor(), Metadata: h.GetMetadata(), LockDelay: h.GetLockDelay().AsDuration(),
 		})
 	}
@@ -183,7 +197,7 @@ func waiters(list []*pb.Waiter) []Waiter {
 	for _, w := range list {
 		out = append(out, Waiter{
 			LeaseID: w.GetLeaseId(), Owner: w.GetOwner(), Shared: w.GetMode() == pb.Mode_MODE_SHARED,
-			Since: w.GetSince().AsTime(), Actor: w.GetActor(), Metadata: w.GetMetadata(), Limit: w.GetLimit(),
+			Since: timeOf(w.GetSince()), Actor: w.GetActor(), Metadata: w.GetMetadata(), Limit: w.GetLimit(),
 		})
 	}
 	return out
@@ -192,14 +206,14 @@ func waiters(list []*pb.Waiter) []Waiter {
 func leaseInfo(l *pb.Lease) LeaseInfo {
 	out := LeaseInfo{
 		ID: l.GetLeaseId(), TTL: l.GetTtl().AsDuration(), Remaining: l.GetRemaining().AsDuration(), Owner: l.GetOwner(),
-		Metadata: l.GetMetadata(), GrantedAt: l.GetGrantedAt().AsTime(), WaitingFor: l.GetWaitingFor(), Own: l.GetOwn(),
+		Metadata: l.GetMetadata(), GrantedAt: timeOf(l.GetGrantedAt()), WaitingFor: l.GetWaitingFor(), Own: l.GetOwn(),
 	}
 	for _, g := range l.GetHolds() {
-		h := Hold{Token: fence.Token(g.GetToken()), Shared: g.GetMode() == pb.Mode_MODE_SHARED, Since: g.GetGrantedAt().AsTime()}
-		for _, k := range g.GetLocks() {
-			h.Names = append(h.Names, k.GetName())
-		}
-		out.Holds = append(out.Holds, h)
+		out.Holds = append(out.Holds, Hold{
+			Token: fence.Token(g.GetToken()), LeaseID: g.GetLeaseId(), TTL: g.GetTtl().AsDuration(), Shared: g.GetMode() == pb.Mode_MODE_SHARED,
+			Locks:     each(g.GetLocks(), func(k *pb.HeldLock) HeldLock { return HeldLock{k.GetName(), fence.Token(k.GetFloor())} }),
+			RequestID: g.GetRequestId(), GrantedAt: timeOf(g.GetGrantedAt()),
+		})
 	}
 	// A server of before counts neither.
 	out.HoldCount = max(int(l.GetHoldCount()), len(out.Holds))
@@ -207,11 +221,19 @@ func leaseInfo(l *pb.Lease) LeaseInfo {
 	return out
 }
 
+// timeOf is the zero time for one that is not set.
+func timeOf(t *timestamppb.Timestamp) time.Time {
+	if t == nil {
+		return time.Time{}
+	}
+	return t.AsTime()
+}
+
 func event(e *pb.Event) Event {
 	return Event{
 		Revision: e.GetRevision(), Kind: kinds[e.GetKind()], Name: e.GetName(), LeaseID: e.GetLeaseId(),
 		Owner: e.GetOwner(), Token: fence.Token(e.GetToken()), Floor: fence.Token(e.GetFloor()),
 		Shared: e.GetMode() == pb.Mode_MODE_SHARED, Cause: causes[e.GetCause()], By: e.GetBy(),
-		Time: e.GetTime().AsTime(), Delay: e.GetDelay().AsDuration(),
+		Time: timeOf(e.GetTime()), Delay: e.GetDelay().AsDuration(),
 	}
 }

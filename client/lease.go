@@ -5,7 +5,6 @@ import (
 	"sync"
 	"time"
 
-	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	pb "github.com/distlock/distlock/proto/distlock/v1"
@@ -41,15 +40,13 @@ func (c *Client) grant(ctx context.Context, ttl time.Duration, opts []GrantOptio
 	for _, opt := range opts {
 		opt.grant(&o)
 	}
-	req := &pb.GrantRequest{Ttl: durationpb.New(ttl), Owner: o.owner, Metadata: o.metadata, RequestId: requestID()}
+	op := &pb.Operation{Call: &pb.Operation_Grant{
+		Grant: &pb.GrantRequest{Ttl: durationpb.New(ttl), Owner: o.owner, Metadata: o.metadata, RequestId: requestID()},
+	}}
 	// The first attempt may be the one that made the lease: its time counts.
 	sent = c.now()
-	err = c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
-		resp, err := leasesOf(conn).Grant(ctx, req)
-		id = resp.GetLeaseId()
-		return err
-	})
-	return id, sent, err
+	answer, err := c.operate(ctx, op)
+	return answer.GetGrant().GetLeaseId(), sent, err
 }
 
 // begin gives out a request id under the lease, with the lowest that is open.

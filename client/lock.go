@@ -288,7 +288,7 @@ func (l *Lock) Release(ctx context.Context) error {
 		req.RequestId = l.request
 	}
 	op := releaseOperation(req)
-	err := c.releaseCall(ctx, op)
+	_, err := c.operate(ctx, op)
 	var e *Error
 	if err != nil && (!errors.As(err, &e) || !definite(e)) {
 		u := &unsettled{op: op, session: s}
@@ -304,15 +304,4 @@ func (l *Lock) Release(ctx context.Context) error {
 		return lost
 	}
 	return err
-}
-
-func (c *Client) releaseCall(ctx context.Context, op *pb.Operation) error {
-	return c.retry(ctx, c.callFor, func(ctx context.Context, conn *grpc.ClientConn) error {
-		send := op
-		if op.Id != 0 { // it has been on a stream
-			send = again(op)
-		}
-		_, err := c.ask(ctx, conn, send, patience{within: c.attemptTimeout()})
-		return err
-	})
 }

@@ -43,15 +43,17 @@ const pageSize = 500
 // resource that can compare tokens should do that instead: the answer is old
 // when it arrives.
 func (c *Client) CheckToken(ctx context.Context, name string, token fence.Token) (TokenCheck, error) {
-	var resp *pb.CheckTokenResponse
-	err := c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) (err error) {
-		resp, err = locksOf(conn).CheckToken(ctx, &pb.CheckTokenRequest{Name: name, Token: uint64(token)})
-		return err
-	})
+	answer, err := c.operate(ctx, &pb.Operation{Call: &pb.Operation_CheckToken{
+		CheckToken: &pb.CheckTokenRequest{Name: name, Token: uint64(token)},
+	}})
+	return tokenCheck(answer.GetCheckToken()), err
+}
+
+func tokenCheck(r *pb.CheckTokenResponse) TokenCheck {
 	return TokenCheck{
-		Live: resp.GetLive(), CurrentToken: fence.Token(resp.GetCurrentToken()),
-		LastToken: fence.Token(resp.GetLastToken()), Floor: fence.Token(resp.GetFloor()),
-	}, err
+		Live: r.GetLive(), CurrentToken: fence.Token(r.GetCurrentToken()),
+		LastToken: fence.Token(r.GetLastToken()), Floor: fence.Token(r.GetFloor()),
+	}
 }
 
 // Watch yields what happens to the locks whose names begin with prefix, from

@@ -12,10 +12,11 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/distlock/distlock/fence"
-	"github.com/distlock/distlock/internal/wire"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
+	"github.com/distlock/distlock/proto/wire"
 )
 
 const (
@@ -374,7 +375,7 @@ func sizeOf(op *pb.Operation) int {
 	case *pb.Operation_Abandon:
 		return small + 9*len(call.Abandon.GetRequestIds())
 	}
-	return small
+	return small + proto.Size(op)
 }
 
 func sizeOfAcquire(r *pb.AcquireRequest) int {

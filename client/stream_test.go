@@ -128,8 +128,16 @@ func TestTextThatIsNone(t *testing.T) {
 			t.Errorf("%.10q: %v", what, err)
 		}
 	}
-	if err := c.Admin().Release(t.Context(), "\xff", 1); !errors.Is(err, client.ErrInvalid) {
-		t.Error(err)
+	_, check := c.CheckToken(t.Context(), "\xff", 1)
+	_, grant := c.Admin().Grant(t.Context(), time.Minute, client.Owner("\xff"))
+	_, large := c.Admin().Grant(t.Context(), time.Minute, client.Metadata(map[string]string{"k": strings.Repeat("x", 2<<20)}))
+	for what, err := range map[string]error{
+		"release": c.Admin().Release(t.Context(), "\xff", 1), "check": check, "grant": grant, "a large grant": large,
+		"force-release": c.Admin().ForceRelease(t.Context(), "a", 1, "\xff"), "revoke": c.Admin().Revoke(t.Context(), 1, "\xff"),
+	} {
+		if !errors.Is(err, client.ErrInvalid) {
+			t.Errorf("%s: %v", what, err)
+		}
 	}
 	if err := lock.Release(t.Context()); err != nil {
 		t.Fatal(err)

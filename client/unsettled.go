@@ -7,7 +7,6 @@ import (
 	"sync"
 	"time"
 
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 
 	pb "github.com/distlock/distlock/proto/distlock/v1"
@@ -220,7 +219,7 @@ func (c *Client) endAll(ctx context.Context, sessions []*session) {
 		case u.own != 0:
 			own = append(own, u.own)
 		case u.session == nil || u.session.over && !slices.Contains(sessions, u.session):
-			tasks = append(tasks, func() { c.tellUntil(ctx, u.op) })
+			tasks = append(tasks, func() { c.operate(ctx, again(u.op)) })
 		}
 	}
 	for chunk := range slices.Chunk(own, maxAbandon) {
@@ -243,10 +242,7 @@ const maxAbandon = 4096
 
 // endSession ends a lease and all under it without lock-delay.
 func (c *Client) endSession(ctx context.Context, s *session) {
-	err := c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
-		_, err := c.ask(ctx, conn, abandonOperation(&pb.AbandonRequest{LeaseId: s.id, EndLease: true}), patience{})
-		return err
-	})
+	_, err := c.operate(ctx, abandonOperation(&pb.AbandonRequest{LeaseId: s.id, EndLease: true}))
 	if !errors.Is(err, ErrInvalid) {
 		return
 	}
@@ -254,7 +250,7 @@ func (c *Client) endSession(ctx context.Context, s *session) {
 	var group sync.WaitGroup
 	for _, l := range s.last {
 		group.Go(func() {
-			c.tellUntil(ctx, releaseOperation(&pb.ReleaseRequest{LeaseId: s.id, Name: l.names[0], Token: uint64(l.token)}))
+			c.operate(ctx, releaseOperation(&pb.ReleaseRequest{LeaseId: s.id, Name: l.names[0], Token: uint64(l.token)}))
 		})
 	}
 	group.Wait()
@@ -263,10 +259,7 @@ func (c *Client) endSession(ctx context.Context, s *session) {
 
 // abandonMany ends acquisitions with leases of their own.
 func (c *Client) abandonMany(ctx context.Context, ids []uint64) {
-	err := c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
-		_, err := c.ask(ctx, conn, abandonOperation(&pb.AbandonRequest{RequestIds: ids}), patience{})
-		return err
-	})
+	_, err := c.operate(ctx, abandonOperation(&pb.AbandonRequest{RequestIds: ids}))
 	if !errors.Is(err, ErrInvalid) {
 		return
 	}
@@ -275,19 +268,11 @@ func (c *Client) abandonMany(ctx context.Context, ids []uint64) {
 	for _, id := range ids {
 		slots <- struct{}{}
 		group.Go(func() {
-			c.tellUntil(ctx, abandonOperation(&pb.AbandonRequest{RequestId: id}))
+			c.operate(ctx, abandonOperation(&pb.AbandonRequest{RequestId: id}))
 			<-slots
 		})
 	}
 	group.Wait()
-}
-
-// tellUntil sends an operation until it is answered, or ctx ends.
-func (c *Client) tellUntil(ctx context.Context, op *pb.Operation) error {
-	return c.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
-		_, err := c.ask(ctx, conn, again(op), patience{})
-		return err
-	})
 }
 
 // isTransport reports whether an error came from the way to the server, not from the

@@ -9,10 +9,10 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/distlock/distlock/fence"
-	"github.com/distlock/distlock/internal/wire"
 	"github.com/distlock/distlock/lease"
 	"github.com/distlock/distlock/lease/machine"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
+	"github.com/distlock/distlock/proto/wire"
 )
 
 func timestamp(ns int64) *timestamppb.Timestamp { return timestamppb.New(time.Unix(0, ns)) }

@@ -11,9 +11,9 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	"github.com/distlock/distlock/internal/wire"
 	"github.com/distlock/distlock/lease"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
+	"github.com/distlock/distlock/proto/wire"
 )
 
 const (

@@ -13,9 +13,9 @@ import (
 	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/distlock/distlock/internal/wire"
 	"github.com/distlock/distlock/lease"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
+	"github.com/distlock/distlock/proto/wire"
 )
 
 // unread bounds what the server keeps for clients that do not read it: gRPC takes

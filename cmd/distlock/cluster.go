@@ -26,13 +26,8 @@ func clusterCommand() *cobra.Command {
 		clusterTransferCommand(), clusterBackupCommand(), clusterRestoreCommand(), clusterRecoverCommand())
 }
 
-func viewMembers(s client.Status) (views []map[string]any, rows [][]string) {
-	views = []map[string]any{}
+func memberRows(s client.Status) (rows [][]string) {
 	for _, m := range s.Members {
-		views = append(views, map[string]any{
-			"id": m.ID, "clientAddress": m.ClientAddress, "peerAddress": m.PeerAddress, "role": m.Role,
-			"leader": m.Leader, "healthy": m.Healthy, "appliedIndex": m.AppliedIndex, "incarnation": m.Incarnation,
-		})
 		role, healthy := m.Role, "yes"
 		if m.Leader {
 			role += ", leader"
@@ -42,7 +37,7 @@ func viewMembers(s client.Status) (views []map[string]any, rows [][]string) {
 		}
 		rows = append(rows, []string{m.ID, role, healthy, dash(m.ClientAddress), dash(m.PeerAddress)})
 	}
-	return views, rows
+	return rows
 }
 
 func clusterStatusCommand() *cobra.Command {
@@ -59,19 +54,8 @@ func clusterStatusCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			members, rows := viewMembers(s)
-			v := map[string]any{
-				"clusterId": s.ClusterID, "leader": s.Leader, "term": s.Term, "members": members, "version": s.Version,
-				"revision": s.Revision, "lastToken": uint64(s.LastToken), "leases": s.Leases, "locks": s.Locks,
-				"waiters": s.Waiters, "level": s.Level, "inMemory": s.InMemory, "startedAt": s.StartedAt,
-			}
-			if s.Restored != nil {
-				v["restored"] = map[string]any{
-					"at": s.Restored.At, "clusterId": s.Restored.ClusterID, "backupAt": s.Restored.BackupAt,
-					"tokensAbove": uint64(s.Restored.TokensAbove),
-				}
-			}
-			err = r.print(cmd.OutOrStdout(), v, func(w io.Writer) {
+			rows := memberRows(s)
+			err = r.print(cmd.OutOrStdout(), s, func(w io.Writer) {
 				durability := "durable"
 				if s.InMemory {
 					durability = "in memory"
@@ -111,11 +95,11 @@ which data directory it has: a name with another one is another member.`,
 			if err != nil {
 				return err
 			}
-			members, rows := viewMembers(s)
+			rows := memberRows(s)
 			for i, m := range s.Members {
 				rows[i] = append(rows[i], dash(m.Incarnation[:min(8, len(m.Incarnation))]))
 			}
-			return r.print(cmd.OutOrStdout(), map[string]any{"members": members}, func(w io.Writer) {
+			return r.print(cmd.OutOrStdout(), map[string]any{"members": s.Members}, func(w io.Writer) {
 				columns(w, []int{10, 0, 0, 18, 18, 8}, []string{"NODE", "ROLE", "UP", "CLIENTS", "PEERS", "DISK"}, rows)
 			})
 		},

@@ -119,12 +119,12 @@ func leaseGetCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return r.print(cmd.OutOrStdout(), viewLease(l), func(w io.Writer) {
+			return r.print(cmd.OutOrStdout(), l, func(w io.Writer) {
 				fmt.Fprintf(w, "lease %d of %s: %s of %s left\n", l.ID, printable(dash(l.Owner)), r.left(l.Remaining), l.TTL)
 				var rows [][]string
 				for _, h := range l.Holds {
-					for _, name := range h.Names {
-						rows = append(rows, []string{"holds", h.Token.String(), ago(h.Since), name})
+					for _, name := range h.Names() {
+						rows = append(rows, []string{"holds", h.Token.String(), ago(h.GrantedAt), name})
 					}
 				}
 				for _, name := range l.WaitingFor {
@@ -154,22 +154,22 @@ func leaseLsCommand() *cobra.Command {
 				return err
 			}
 			defer c.Close()
-			views := []leaseView{}
+			list := []client.LeaseInfo{}
 			var rows [][]string
 			for l, err := range c.Admin().Leases(cmd.Context(), r.read()...) {
 				if err != nil {
 					return err
 				}
-				views = append(views, viewLease(l))
+				list = append(list, l)
 				var names []string
 				for _, h := range l.Holds {
-					names = append(names, h.Names...)
+					names = append(names, h.Names()...)
 				}
 				rows = append(rows, []string{
 					strconv.FormatUint(l.ID, 10), short(l.TTL), r.left(l.Remaining), dash(l.Owner), dash(strings.Join(names, " ")),
 				})
 			}
-			return r.print(cmd.OutOrStdout(), map[string]any{"leases": views}, func(w io.Writer) {
+			return r.print(cmd.OutOrStdout(), map[string]any{"leases": list}, func(w io.Writer) {
 				if len(rows) == 0 {
 					fmt.Fprintln(w, "no leases")
 					return

@@ -230,7 +230,7 @@ func getCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return r.print(cmd.OutOrStdout(), viewLock(k), func(w io.Writer) { showLock(w, k) })
+			return r.print(cmd.OutOrStdout(), k, func(w io.Writer) { showLock(w, k) })
 		},
 	})
 }
@@ -284,16 +284,16 @@ func lsCommand() *cobra.Command {
 				return err
 			}
 			defer c.Close()
-			views := []lockView{}
+			list := []client.LockInfo{}
 			var rows [][]string
 			for k, err := range c.List(cmd.Context(), prefix, r.read()...) {
 				if err != nil {
 					return err
 				}
-				views = append(views, viewLock(k))
+				list = append(list, k)
 				rows = append(rows, lockRow(k))
 			}
-			return r.print(cmd.OutOrStdout(), map[string]any{"locks": views}, func(w io.Writer) {
+			return r.print(cmd.OutOrStdout(), map[string]any{"locks": list}, func(w io.Writer) {
 				if len(rows) == 0 {
 					fmt.Fprintln(w, "no locks")
 					return
@@ -337,11 +337,7 @@ func checkCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			v := map[string]any{
-				"name": args[0], "token": token, "live": check.Live, "currentToken": uint64(check.CurrentToken),
-				"lastToken": uint64(check.LastToken), "floor": uint64(check.Floor),
-			}
-			err = r.print(cmd.OutOrStdout(), v, func(w io.Writer) {
+			err = r.print(cmd.OutOrStdout(), check, func(w io.Writer) {
 				switch {
 				case check.Live:
 					fmt.Fprintf(w, "token %d holds %s\n", token, printable(args[0]))
@@ -384,7 +380,7 @@ func watchCommand() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				if err := r.print(cmd.OutOrStdout(), eventView(e), func(w io.Writer) { showEvent(w, e) }); err != nil {
+				if err := r.print(cmd.OutOrStdout(), e, func(w io.Writer) { showEvent(w, e) }); err != nil {
 					return err
 				}
 			}
@@ -393,24 +389,6 @@ func watchCommand() *cobra.Command {
 	}
 	cmd.Flags().Uint64Var(&from, "from", 0, "first revision wanted; 0 for from now on")
 	return r.addOutput(cmd)
-}
-
-func eventView(e client.Event) map[string]any {
-	v := map[string]any{"revision": e.Revision, "kind": e.Kind, "name": e.Name, "time": e.Time}
-	for key, value := range map[string]any{"owner": e.Owner, "cause": string(e.Cause), "by": e.By} {
-		if value != "" {
-			v[key] = value
-		}
-	}
-	for key, value := range map[string]uint64{"leaseId": e.LeaseID, "token": uint64(e.Token), "floor": uint64(e.Floor)} {
-		if value != 0 {
-			v[key] = value
-		}
-	}
-	if e.Delay > 0 {
-		v["delay"] = e.Delay.String()
-	}
-	return v
 }
 
 func showEvent(w io.Writer, e client.Event) {

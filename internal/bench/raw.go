@@ -15,8 +15,8 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	"github.com/distlock/distlock/internal/wire"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
+	"github.com/distlock/distlock/proto/wire"
 )
 
 type multiplexClient = grpc.BidiStreamingClient[pb.MultiplexRequest, pb.MultiplexResponse]

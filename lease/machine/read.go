@@ -259,7 +259,7 @@ func (c EndCause) String() string {
 	case EndForceReleased:
 		return "force-released"
 	case EndUndeclared:
-		return "deleted"
+		return "undeclared"
 	}
 	return fmt.Sprintf("cause %d", uint8(c))
 }
