@@ -285,7 +285,11 @@ func Open(cfg Config) (_ *Replica, err error) {
 			}
 		}()
 	}
-	if err := r.startRaft(); err != nil {
+	how, err := r.begins()
+	if err != nil {
+		return nil, err
+	}
+	if err := r.startRaft(how); err != nil {
 		return nil, err
 	}
 	r.group.Add(3)
@@ -418,25 +422,71 @@ func writeFile(file string, text []byte) error {
 	return syncDir(filepath.Dir(file))
 }
 
-func (r *Replica) startRaft() error {
-	cfg := r.cfg
+// beginning is how a node comes by its log.
+type beginning int
+
+const (
+	goesOn   beginning = iota // it has one
+	alone                     // it writes the first entry
+	together                  // with the others of its list
+	joins                     // a leader gives it one
+)
+
+// begins settles how this node comes by its log, and takes what a first start that was
+// killed has left undone. It is called before raft runs.
+func (r *Replica) begins() (beginning, error) {
+	if err := r.forgetHalfBegun(); err != nil {
+		return 0, &CorruptError{File: r.dir, Err: err}
+	}
+	if err := r.keepList(); err != nil {
+		return 0, err
+	}
+	if r.peers != nil {
+		if err := r.confirmAddress(); err != nil {
+			return 0, err
+		}
+	}
+	existing, err := raft.HasExistingState(r.disk, r.disk, r.disk.snapshots)
+	switch {
+	case err != nil:
+		return 0, &CorruptError{File: r.dir, Err: err}
+	case existing:
+		return goesOn, nil
+	case r.begun():
+		return 0, &CorruptError{File: filepath.Join(r.dir, metaFile), Err: errors.New("the log is gone")}
+	case r.cfg.Join:
+		return joins, nil
+	case r.ClusterID() != "": // two histories would go by one name
+		return 0, fmt.Errorf("data directory %s is of a node that cluster %s took in and that has nothing of its log yet: start it with --join", r.dir, r.ClusterID())
+	case len(r.cfg.InitialCluster) > 1 && r.peers != nil:
+		return together, nil
+	}
+	return alone, nil
+}
+
+func (r *Replica) raftConfig() *raft.Config {
 	config := raft.DefaultConfig()
 	config.LocalID = r.self
-	timeout := cfg.ElectionTimeout
+	timeout := r.cfg.ElectionTimeout
 	if r.peers == nil {
 		timeout = loneElectionTimeout
 	}
 	config.HeartbeatTimeout, config.ElectionTimeout = timeout, timeout
 	config.LeaderLeaseTimeout, config.CommitTimeout = timeout, min(timeout, 20*time.Millisecond)
-	config.SnapshotInterval, config.SnapshotThreshold = cfg.SnapshotInterval, cfg.SnapshotEntries
-	config.TrailingLogs = cfg.TrailingEntries
+	config.SnapshotInterval, config.SnapshotThreshold = r.cfg.SnapshotInterval, r.cfg.SnapshotEntries
+	config.TrailingLogs = r.cfg.TrailingEntries
 	config.MaxAppendEntries = 16 // an entry is a batch, of up to some MiB
 	config.BatchApplyCh = true
 	config.ShutdownOnRemove = false // it is ours to say so
-	config.Logger = quiet(cfg.Logger.Named("raft"), nil)
+	config.Logger = quiet(r.logger.Named("raft"), nil)
+	return config
+}
 
+// startRaft starts raft, and reads what the directory has.
+func (r *Replica) startRaft(how beginning) (err error) {
+	config := r.raftConfig()
 	var transport raft.Transport
-	address := raft.ServerAddress(cfg.PeerAddress)
+	address := raft.ServerAddress(r.cfg.PeerAddress)
 	if r.peers == nil {
 		var itself *raft.InmemTransport
 		address, itself = raft.NewInmemTransport(raft.ServerAddress(r.self))
@@ -445,31 +495,7 @@ func (r *Replica) startRaft() error {
 	} else {
 		transport = r.peers.raftTransport()
 	}
-	if err := r.forgetHalfBegun(); err != nil {
-		return &CorruptError{File: r.dir, Err: err}
-	}
-	if err := r.keepList(); err != nil {
-		return err
-	}
-	if r.peers != nil {
-		if err := r.confirmAddress(); err != nil {
-			return err
-		}
-	}
-	existing, err := raft.HasExistingState(r.disk, r.disk, r.disk.snapshots)
-	if err != nil {
-		return &CorruptError{File: r.dir, Err: err}
-	}
-	if !existing && r.begun() {
-		return &CorruptError{File: filepath.Join(r.dir, metaFile), Err: errors.New("the log is gone")}
-	}
-	fixed := len(r.cfg.InitialCluster) > 1 && r.peers != nil
-	if !existing && !cfg.Join {
-		if id := r.ClusterID(); id != "" { // two histories would go by one name
-			return fmt.Errorf("data directory %s is of a node that cluster %s took in and that has nothing of its log yet: start it with --join", r.dir, id)
-		}
-	}
-	if !existing && !cfg.Join && !fixed {
+	if how == alone {
 		servers := raft.Configuration{Servers: []raft.Server{{ID: config.LocalID, Address: address}}}
 		// The log itself keeps the term: it returns its errors, while disk's
 		// SetUint64 ends raft's goroutine, which is not running yet.
@@ -497,7 +523,7 @@ func (r *Replica) startRaft() error {
 	}
 	if r.peers != nil {
 		r.peers.serve()
-		if !existing && fixed && !cfg.Join {
+		if how == together {
 			r.group.Add(1)
 			go r.found()
 		}
