@@ -44,12 +44,7 @@ func clusterStatusCommand() *cobra.Command {
 	r := &remote{}
 	return r.addOutput(&cobra.Command{
 		Use: "status", Short: "Show the state; exit 1 where there is no leader", Args: noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := r.dial()
-			if err != nil {
-				return err
-			}
-			defer c.Close()
+		RunE: r.run(func(cmd *cobra.Command, c *client.Client, _ []string) error {
 			s, err := c.Admin().Status(cmd.Context())
 			if err != nil {
 				return err
@@ -75,7 +70,7 @@ func clusterStatusCommand() *cobra.Command {
 				return &exitError{exitFailed, fmt.Errorf("there is no leader")}
 			}
 			return err
-		},
+		}),
 	})
 }
 
@@ -85,12 +80,7 @@ func clusterMembersCommand() *cobra.Command {
 		Use: "members", Short: "List the members", Args: noArgs,
 		Long: `List the members. UP says whether a member answers and has caught up, DISK
 which data directory it has: a name with another one is another member.`,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := r.dial()
-			if err != nil {
-				return err
-			}
-			defer c.Close()
+		RunE: r.run(func(cmd *cobra.Command, c *client.Client, _ []string) error {
 			s, err := c.Admin().Status(cmd.Context())
 			if err != nil {
 				return err
@@ -102,7 +92,7 @@ which data directory it has: a name with another one is another member.`,
 			return r.print(cmd.OutOrStdout(), map[string]any{"members": s.Members}, func(w io.Writer) {
 				columns(w, []int{10, 0, 0, 18, 18, 8}, []string{"NODE", "ROLE", "UP", "CLIENTS", "PEERS", "DISK"}, rows)
 			})
-		},
+		}),
 	})
 }
 
@@ -111,18 +101,13 @@ func change(use, short, example string, args cobra.PositionalArgs, do func(conte
 	r := &remote{}
 	return r.add(&cobra.Command{
 		Use: use, Short: short, Example: example, Args: args,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := r.dial()
-			if err != nil {
-				return err
-			}
-			defer c.Close()
+		RunE: r.run(func(cmd *cobra.Command, c *client.Client, args []string) error {
 			said, err := do(cmd.Context(), c, args)
 			if err == nil {
 				fmt.Fprintln(cmd.OutOrStdout(), said)
 			}
 			return err
-		},
+		}),
 	})
 }
 

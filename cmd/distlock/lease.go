@@ -35,12 +35,7 @@ func leaseGrantCommand() *cobra.Command {
 		Use: "grant", Short: "Make a lease to hold locks under", Args: noArgs,
 		Example: `  distlock lease grant --ttl 1m
   distlock lock acquire orders/42 --lease 7`,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := r.dial()
-			if err != nil {
-				return err
-			}
-			defer c.Close()
+		RunE: r.run(func(cmd *cobra.Command, c *client.Client, _ []string) error {
 			opts := []client.GrantOption{client.Metadata(metadata)}
 			if owner != "" {
 				opts = append(opts, client.Owner(owner))
@@ -52,7 +47,7 @@ func leaseGrantCommand() *cobra.Command {
 			return r.print(cmd.OutOrStdout(), map[string]any{"leaseId": id, "ttl": ttl.String()}, func(w io.Writer) {
 				fmt.Fprintf(w, "lease %d, expires in %s\n", id, ttl)
 			})
-		},
+		}),
 	}
 	cmd.Flags().DurationVar(&ttl, "ttl", client.DefaultTTL, "time to live")
 	cmd.Flags().StringVar(&owner, "owner", "", "whose lease it is (default host:pid)")
@@ -67,16 +62,11 @@ func leaseKeepaliveCommand() *cobra.Command {
 		Use: "keepalive ID", Short: "Renew a lease until interrupted", Args: exactly("ID"),
 		Example: `  distlock lease keepalive 7
   distlock lease keepalive 7 --once`,
-		RunE: func(cmd *cobra.Command, args []string) error {
+		RunE: r.run(func(cmd *cobra.Command, c *client.Client, args []string) error {
 			id, err := leaseID(args[0])
 			if err != nil {
 				return err
 			}
-			c, err := r.dial()
-			if err != nil {
-				return err
-			}
-			defer c.Close()
 			for {
 				ttls, err := c.Admin().KeepAlive(cmd.Context(), id)
 				if cmd.Context().Err() != nil {
@@ -95,7 +85,7 @@ func leaseKeepaliveCommand() *cobra.Command {
 				case <-time.After(ttls[0] / 3):
 				}
 			}
-		},
+		}),
 	}
 	cmd.Flags().BoolVar(&once, "once", false, "renew it once")
 	return r.add(cmd)
@@ -105,16 +95,11 @@ func leaseGetCommand() *cobra.Command {
 	r := &remote{}
 	return r.addRead(&cobra.Command{
 		Use: "get ID", Short: "Show one lease with what is held under it", Args: exactly("ID"),
-		RunE: func(cmd *cobra.Command, args []string) error {
+		RunE: r.run(func(cmd *cobra.Command, c *client.Client, args []string) error {
 			id, err := leaseID(args[0])
 			if err != nil {
 				return err
 			}
-			c, err := r.dial()
-			if err != nil {
-				return err
-			}
-			defer c.Close()
 			l, err := c.Admin().Lease(cmd.Context(), id, r.read()...)
 			if err != nil {
 				return err
@@ -140,7 +125,7 @@ func leaseGetCommand() *cobra.Command {
 					fmt.Fprintf(w, "and %d more waited for\n", more)
 				}
 			})
-		},
+		}),
 	})
 }
 
@@ -148,12 +133,7 @@ func leaseLsCommand() *cobra.Command {
 	r := &remote{}
 	return r.addRead(&cobra.Command{
 		Use: "ls", Short: "List leases", Args: noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := r.dial()
-			if err != nil {
-				return err
-			}
-			defer c.Close()
+		RunE: r.run(func(cmd *cobra.Command, c *client.Client, _ []string) error {
 			list := []client.LeaseInfo{}
 			var rows [][]string
 			for l, err := range c.Admin().Leases(cmd.Context(), r.read()...) {
@@ -176,7 +156,7 @@ func leaseLsCommand() *cobra.Command {
 				}
 				columns(w, []int{16, 0, 0, 18, 20}, []string{"ID", "TTL", "LEFT", "OWNER", "HOLDS"}, rows)
 			})
-		},
+		}),
 	})
 }
 
@@ -185,22 +165,17 @@ func leaseRevokeCommand() *cobra.Command {
 	var by string
 	cmd := &cobra.Command{
 		Use: "revoke ID", Short: "End a lease; what is held under it is lost", Args: exactly("ID"),
-		RunE: func(cmd *cobra.Command, args []string) error {
+		RunE: r.run(func(cmd *cobra.Command, c *client.Client, args []string) error {
 			id, err := leaseID(args[0])
 			if err != nil {
 				return err
 			}
-			c, err := r.dial()
-			if err != nil {
-				return err
-			}
-			defer c.Close()
 			if err := c.Admin().Revoke(cmd.Context(), id, by); err != nil {
 				return err
 			}
 			fmt.Fprintf(cmd.OutOrStdout(), "revoked lease %d\n", id)
 			return nil
-		},
+		}),
 	}
 	cmd.Flags().StringVar(&by, "by", "", "who revokes it, shown to the holder (default host:pid)")
 	return r.add(cmd)

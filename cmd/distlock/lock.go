@@ -91,7 +91,7 @@ unless 'distlock lease keepalive' renews its lease.`,
 		Example: `  distlock lock acquire orders/42 --ttl 30s
   distlock lock acquire a b --wait 10s -o json`,
 		Args: needNames,
-		RunE: func(cmd *cobra.Command, names []string) error {
+		RunE: r.run(func(cmd *cobra.Command, c *client.Client, names []string) error {
 			opts, err := f.options(cmd)
 			if err != nil {
 				return err
@@ -100,11 +100,6 @@ unless 'distlock lease keepalive' renews its lease.`,
 			if f.leaseID != 0 {
 				opts = append(opts, client.UnderLeaseID(f.leaseID))
 			}
-			c, err := r.dial()
-			if err != nil {
-				return err
-			}
-			defer c.Close()
 			ctx, cancel := context.WithTimeout(cmd.Context(), f.wait+r.timeout)
 			defer cancel()
 			lock, err := c.AcquireAll(ctx, names, opts...)
@@ -126,7 +121,7 @@ unless 'distlock lease keepalive' renews its lease.`,
 					fmt.Fprintf(w, "acquired %s: token %d, lease %d, expires in %s\n", printable(name), v.Token, v.LeaseID, v.TTL)
 				}
 			})
-		},
+		}),
 	}
 	f.add(cmd.Flags(), client.DefaultTTL)
 	cmd.Flags().Uint64Var(&f.leaseID, "lease", 0, "hold it under this lease, in place of one of its own")
@@ -184,7 +179,7 @@ func releaseCommand() *cobra.Command {
 		Example: `  distlock lock release orders/42 --token 17
   distlock lock release orders/42 --force`,
 		Args: exactly("NAME"),
-		RunE: func(cmd *cobra.Command, args []string) error {
+		RunE: r.run(func(cmd *cobra.Command, c *client.Client, args []string) error {
 			switch {
 			case !force && !cmd.Flags().Changed("token"):
 				return usage("--token is needed: the token that 'distlock lock get' shows; --force breaks the lock without")
@@ -193,11 +188,7 @@ func releaseCommand() *cobra.Command {
 			case by != "" && !force:
 				return usage("--by goes with --force")
 			}
-			c, err := r.dial()
-			if err != nil {
-				return err
-			}
-			defer c.Close()
+			var err error
 			if force {
 				err = c.Admin().ForceRelease(cmd.Context(), args[0], fence.Token(token), by)
 			} else {
@@ -207,7 +198,7 @@ func releaseCommand() *cobra.Command {
 				fmt.Fprintf(cmd.OutOrStdout(), "released %s\n", printable(args[0]))
 			}
 			return err
-		},
+		}),
 	}
 	cmd.Flags().Uint64Var(&token, "token", 0, "the token of the hold")
 	cmd.Flags().BoolVar(&force, "force", false, "break the lock: its holder is told, a lock-delay applies;\nwithout --token, every hold on it")
@@ -220,18 +211,13 @@ func getCommand() *cobra.Command {
 	return r.addRead(&cobra.Command{
 		Use: "get NAME", Short: "Show one lock with its holders and waiters", Args: exactly("NAME"),
 		Example: `  distlock lock get orders/42`,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := r.dial()
-			if err != nil {
-				return err
-			}
-			defer c.Close()
+		RunE: r.run(func(cmd *cobra.Command, c *client.Client, args []string) error {
 			k, err := c.Get(cmd.Context(), args[0], r.read()...)
 			if err != nil {
 				return err
 			}
 			return r.print(cmd.OutOrStdout(), k, func(w io.Writer) { showLock(w, k) })
-		},
+		}),
 	})
 }
 
@@ -274,16 +260,11 @@ func lsCommand() *cobra.Command {
 		Use: "ls [PREFIX]", Short: "List locks: who holds what, and how many wait", Args: atMostOne("PREFIX"),
 		Example: `  distlock lock ls
   distlock lock ls orders/ -o json`,
-		RunE: func(cmd *cobra.Command, args []string) error {
+		RunE: r.run(func(cmd *cobra.Command, c *client.Client, args []string) error {
 			prefix := ""
 			if len(args) > 0 {
 				prefix = args[0]
 			}
-			c, err := r.dial()
-			if err != nil {
-				return err
-			}
-			defer c.Close()
 			list := []client.LockInfo{}
 			var rows [][]string
 			for k, err := range c.List(cmd.Context(), prefix, r.read()...) {
@@ -300,7 +281,7 @@ func lsCommand() *cobra.Command {
 				}
 				columns(w, []int{28, 16, 0, 0, 16}, []string{"NAME", "TOKEN", "FOR", "WAITING", "OWNER"}, rows)
 			})
-		},
+		}),
 	})
 }
 
@@ -324,15 +305,10 @@ func checkCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "check NAME --token N", Short: "Tell whether a token holds a lock now; exit 1 if not", Args: exactly("NAME"),
 		Example: `  distlock lock check orders/42 --token 17`,
-		RunE: func(cmd *cobra.Command, args []string) error {
+		RunE: r.run(func(cmd *cobra.Command, c *client.Client, args []string) error {
 			if token == 0 {
 				return usage("--token is needed: the token of a grant, which is never 0")
 			}
-			c, err := r.dial()
-			if err != nil {
-				return err
-			}
-			defer c.Close()
 			check, err := c.CheckToken(cmd.Context(), args[0], fence.Token(token))
 			if err != nil {
 				return err
@@ -351,7 +327,7 @@ func checkCommand() *cobra.Command {
 				return &exitError{code: exitFailed}
 			}
 			return err
-		},
+		}),
 	}
 	cmd.Flags().Uint64Var(&token, "token", 0, "the token in question")
 	return r.addOutput(cmd)
@@ -363,16 +339,11 @@ func watchCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "watch [PREFIX]", Short: "Print what happens to locks, as it happens", Args: atMostOne("PREFIX"),
 		Example: `  distlock lock watch orders/`,
-		RunE: func(cmd *cobra.Command, args []string) error {
+		RunE: r.run(func(cmd *cobra.Command, c *client.Client, args []string) error {
 			prefix := ""
 			if len(args) > 0 {
 				prefix = args[0]
 			}
-			c, err := r.dial()
-			if err != nil {
-				return err
-			}
-			defer c.Close()
 			for e, err := range c.Watch(cmd.Context(), prefix, from) {
 				if cmd.Context().Err() != nil {
 					return nil
@@ -385,7 +356,7 @@ func watchCommand() *cobra.Command {
 				}
 			}
 			return nil
-		},
+		}),
 	}
 	cmd.Flags().Uint64Var(&from, "from", 0, "first revision wanted; 0 for from now on")
 	return r.addOutput(cmd)

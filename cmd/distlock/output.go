@@ -71,6 +71,18 @@ func (r *remote) dial(opts ...client.Option) (*client.Client, error) {
 	return client.New(r.endpoints, append([]client.Option{client.WithCallTimeout(r.timeout)}, opts...)...)
 }
 
+// run is a command's RunE with a client that lasts as long.
+func (r *remote) run(do func(*cobra.Command, *client.Client, []string) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
+		c, err := r.dial()
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		return do(cmd, c, args)
+	}
+}
+
 // print writes v as JSON or YAML, or calls table.
 func (r *remote) print(w io.Writer, v any, table func(w io.Writer)) error {
 	switch r.output {
