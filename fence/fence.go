@@ -32,3 +32,13 @@ type Pass struct {
 	// grant. It equals Token for an exclusive lock.
 	Floor Token
 }
+
+// Holder is what shows the passes of a lock that it holds; *client.Lock is one. It
+// is safe for concurrent use.
+type Holder interface {
+	// PassFor is the pass for the resource that the lock's name guards; false
+	// when the lock is not on that name.
+	PassFor(name string) (Pass, bool)
+	// Err is nil while the lock may be believed held.
+	Err() error
+}

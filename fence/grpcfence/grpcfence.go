@@ -19,7 +19,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/url"
 	"strconv"
 	"strings"
 
@@ -30,6 +29,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/distlock/distlock/fence"
+	"github.com/distlock/distlock/fence/internal/carry"
 )
 
 // The metadata of a pass.
@@ -50,33 +50,24 @@ const (
 	ReasonAnotherResource = "ANOTHER_RESOURCE"
 )
 
-// Holder is what the client's interceptors need of a lock; *client.Lock is
-// one.
-type Holder interface {
-	// PassFor is the pass for the resource that the lock's name guards; false
-	// when the lock is not on that name.
-	PassFor(name string) (fence.Pass, bool)
-	// Err is nil while the lock may be believed held.
-	Err() error
-}
-
 type heldKey struct{}
 
 type held struct {
-	lock Holder
+	lock fence.Holder
 	name string
 }
 
 // WithLock makes calls under the context show lock's pass for the resource
 // name. The connection needs UnaryClientInterceptor or StreamClientInterceptor.
-func WithLock(ctx context.Context, lock Holder, name string) context.Context {
+func WithLock(ctx context.Context, lock fence.Holder, name string) context.Context {
 	return context.WithValue(ctx, heldKey{}, held{lock, name})
 }
 
 // WithPass shows a pass with calls under the context, with no interceptor and
 // no lock. It is what WithLock comes to.
 func WithPass(ctx context.Context, resource string, pass fence.Pass) context.Context {
-	return metadata.AppendToOutgoingContext(ctx, KeyResource, url.PathEscape(resource), KeyToken, pass.Token.String(), KeyFloor, pass.Floor.String())
+	texts := carry.Texts(resource, pass)
+	return metadata.AppendToOutgoingContext(ctx, KeyResource, texts[0], KeyToken, texts[1], KeyFloor, texts[2])
 }
 
 // attach adds the pass of the context's lock, if it has one.
@@ -85,12 +76,9 @@ func attach(ctx context.Context) (context.Context, string, error) {
 	if !ok {
 		return ctx, "", nil
 	}
-	pass, ok := h.lock.PassFor(h.name)
-	if err := h.lock.Err(); err != nil {
+	pass, err := carry.Shown(h.lock, h.name)
+	if err != nil {
 		return nil, "", err
-	}
-	if !ok {
-		return nil, "", fmt.Errorf("grpcfence: the lock is not on %q", h.name)
 	}
 	return WithPass(ctx, h.name, pass), h.name, nil
 }
@@ -293,32 +281,16 @@ func (i Interceptor) admit(ctx context.Context, method string, req any) (c *carr
 
 // read takes the pass out of a call's metadata.
 func read(md metadata.MD) (*carried, error) {
-	var values [3]string
-	for i, key := range []string{KeyResource, KeyToken, KeyFloor} {
-		switch all := md.Get(key); len(all) {
-		case 0:
-			return nil, refused(codes.FailedPrecondition, ReasonPassRequired, "the call has no "+key+" in its metadata", nil)
-		case 1:
-			values[i] = all[0]
-		default:
-			return nil, invalid("the call has more than one " + key + " in its metadata")
-		}
+	resource, pass, err := carry.Read([3]string{KeyResource, KeyToken, KeyFloor}, md.Get)
+	var missing *carry.MissingError
+	var wrong *carry.InvalidError
+	switch {
+	case errors.As(err, &missing):
+		return nil, refused(codes.FailedPrecondition, ReasonPassRequired, "the call has no "+missing.Key+" in its metadata", nil)
+	case errors.As(err, &wrong):
+		return nil, invalid(wrong.Error())
 	}
-	resource, err := url.PathUnescape(values[0])
-	if err != nil {
-		return nil, invalid(KeyResource + " is not percent-encoded")
-	}
-	token, err := strconv.ParseUint(values[1], 10, 64)
-	if err != nil {
-		return nil, invalid(KeyToken + " is not a number")
-	}
-	floor, err := strconv.ParseUint(values[2], 10, 64)
-	if err != nil {
-		return nil, invalid(KeyFloor + " is not a number")
-	}
-	c := &carried{resource, fence.Pass{Token: fence.Token(token), Floor: fence.Token(floor)}}
-	_, err = fence.Next(resource, 0, c.pass)
-	return c, err
+	return &carried{resource, pass}, err
 }
 
 // longest is what a resource's name may take to be told in a status, which

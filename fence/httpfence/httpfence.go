@@ -28,11 +28,10 @@ import (
 	"maps"
 	"mime"
 	"net/http"
-	"net/url"
-	"strconv"
 	"strings"
 
 	"github.com/distlock/distlock/fence"
+	"github.com/distlock/distlock/fence/internal/carry"
 )
 
 // The headers of a pass.
@@ -50,21 +49,12 @@ const (
 	TypeAnotherResource = "urn:distlock:fence:another-resource"
 )
 
-// Holder is what Transport needs of a lock; *client.Lock is one.
-type Holder interface {
-	// PassFor is the pass for the resource that the lock's name guards; false
-	// when the lock is not on that name.
-	PassFor(name string) (fence.Pass, bool)
-	// Err is nil while the lock may be believed held.
-	Err() error
-}
-
 // Transport shows the pass of a lock with every request, and sends none once
 // the lock is known to be lost. It is safe for concurrent use, and must not be
 // changed after its first.
 type Transport struct {
 	Base http.RoundTripper // nil for http.DefaultTransport
-	Lock Holder
+	Lock fence.Holder
 	// Name of the lock whose pass is shown, and of the resource.
 	Name string
 }
@@ -74,11 +64,7 @@ var _ http.RoundTripper = (*Transport)(nil)
 // RoundTrip implements http.RoundTripper. It returns Lock.Err's error for a
 // lock that is lost.
 func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
-	pass, ok := t.Lock.PassFor(t.Name)
-	err := t.Lock.Err()
-	if err == nil && !ok {
-		err = fmt.Errorf("httpfence: the lock is not on %q", t.Name)
-	}
+	pass, err := carry.Shown(t.Lock, t.Name)
 	if err != nil {
 		if r.Body != nil {
 			r.Body.Close()
@@ -96,9 +82,10 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // SetPass puts a pass into the headers of a request.
 func SetPass(h http.Header, resource string, pass fence.Pass) {
-	h.Set(HeaderResource, url.PathEscape(resource))
-	h.Set(HeaderToken, pass.Token.String())
-	h.Set(HeaderFloor, pass.Floor.String())
+	texts := carry.Texts(resource, pass)
+	h.Set(HeaderResource, texts[0])
+	h.Set(HeaderToken, texts[1])
+	h.Set(HeaderFloor, texts[2])
 }
 
 // Middleware stands before a handler and lets a write through only with a pass
@@ -242,32 +229,13 @@ func ErrorFrom(resp *http.Response) error {
 
 // read takes the pass out of a request's headers.
 func read(h http.Header) (resource string, pass fence.Pass, p *problem) {
-	var values [3]string
-	for i, name := range []string{HeaderResource, HeaderToken, HeaderFloor} {
-		switch all := h.Values(name); len(all) {
-		case 0:
-			return "", fence.Pass{}, &problem{Type: TypePassRequired, Title: "A pass is required", Status: http.StatusPreconditionRequired,
-				Detail: "the request has no header " + name}
-		case 1:
-			values[i] = all[0]
-		default:
-			return "", fence.Pass{}, invalid("the request has more than one header " + name)
-		}
-	}
-	resource, err := url.PathUnescape(values[0])
-	if err != nil {
-		return "", fence.Pass{}, invalid(HeaderResource + ": " + err.Error())
-	}
-	token, err := strconv.ParseUint(values[1], 10, 64)
-	if err != nil {
-		return "", fence.Pass{}, invalid(HeaderToken + ": not a number")
-	}
-	floor, err := strconv.ParseUint(values[2], 10, 64)
-	if err != nil {
-		return "", fence.Pass{}, invalid(HeaderFloor + ": not a number")
-	}
-	pass = fence.Pass{Token: fence.Token(token), Floor: fence.Token(floor)}
-	if _, err := fence.Next(resource, 0, pass); err != nil {
+	resource, pass, err := carry.Read([3]string{HeaderResource, HeaderToken, HeaderFloor}, h.Values)
+	var missing *carry.MissingError
+	switch {
+	case errors.As(err, &missing):
+		return "", fence.Pass{}, &problem{Type: TypePassRequired, Title: "A pass is required", Status: http.StatusPreconditionRequired,
+			Detail: "the request has no header " + missing.Key}
+	case err != nil:
 		return "", fence.Pass{}, invalid(err.Error())
 	}
 	return resource, pass, nil

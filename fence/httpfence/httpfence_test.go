@@ -346,7 +346,7 @@ func Example() {
 
 	// Two clients, each with the lock it was granted: in a program, a
 	// *client.Lock.
-	put := func(lock httpfence.Holder, text string) {
+	put := func(lock fence.Holder, text string) {
 		c := http.Client{Transport: &httpfence.Transport{Lock: lock, Name: "greeting"}}
 		req, _ := http.NewRequest(http.MethodPut, srv.URL+"?name=greeting", strings.NewReader(text))
 		resp, err := c.Do(req)

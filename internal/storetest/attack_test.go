@@ -16,8 +16,6 @@ import (
 
 	"github.com/distlock/distlock/client"
 	"github.com/distlock/distlock/fence"
-	"github.com/distlock/distlock/fence/grpcfence"
-	"github.com/distlock/distlock/fence/httpfence"
 	"github.com/distlock/distlock/internal/server"
 )
 
@@ -69,10 +67,7 @@ func serve(t testing.TB) string {
 }
 
 // What the guards of transports need of a lock, the client's has.
-var (
-	_ httpfence.Holder = (*client.Lock)(nil)
-	_ grpcfence.Holder = (*client.Lock)(nil)
-)
+var _ fence.Holder = (*client.Lock)(nil)
 
 // child is a child process that is spoken with in lines.
 type child struct {
