@@ -35,7 +35,7 @@ func (c *Client) pulse() {
 		within := max(c.pulseWithin(), far.within)
 		if c.waiting.Load() > 0 {
 			began := time.Now()
-			silent, err := c.feel(within)
+			silent, err := c.checkServer(within)
 			if silent || err == nil {
 				far.learn(silent, time.Since(began), c.endpointCount())
 			}
@@ -82,9 +82,9 @@ func (c *Client) pulseWithin() time.Duration {
 	return max(min(pulseWithin, c.shortest/4), pulseWithin/4)
 }
 
-// feel asks the server in use for a sign of life, and leaves one that gives
+// checkServer asks the server in use for a sign of life, and leaves one that gives
 // none.
-func (c *Client) feel(within time.Duration) (silent bool, err error) {
+func (c *Client) checkServer(within time.Duration) (silent bool, err error) {
 	c.mu.Lock()
 	at, conn := c.current, c.conns[c.current]
 	endpoint := c.endpoints[at]

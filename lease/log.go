@@ -1,6 +1,11 @@
 package lease
 
-import "github.com/distlock/distlock/lease/machine"
+import (
+	"time"
+
+	"github.com/distlock/distlock/fence"
+	"github.com/distlock/distlock/lease/machine"
+)
 
 // Log is the ordered sequence of batches that every replica applies, in the
 // same order, to its Store. The manager is its only proposer on a node.
@@ -61,6 +66,15 @@ type Member struct {
 	Leader        bool
 	Healthy       bool // it answers, and has caught up
 	AppliedIndex  uint64
+}
+
+// Restored says where a history began that was restored from a backup. The
+// names in JSON are those that logs have.
+type Restored struct {
+	At          time.Time   `json:"at"`
+	ClusterID   string      `json:"clusterId"` // that the backup is of
+	BackupAt    time.Time   `json:"backupAt"`
+	TokensAbove fence.Token `json:"tokensAbove"` // every token of this history is
 }
 
 // A voter counts towards the quorum; a learner only gets the log.

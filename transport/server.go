@@ -26,7 +26,6 @@ import (
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
 
-	"github.com/distlock/distlock/fence"
 	"github.com/distlock/distlock/internal/bound"
 	"github.com/distlock/distlock/lease"
 	original "github.com/distlock/distlock/proto/distlock"
@@ -71,14 +70,7 @@ type Node struct {
 	ClientAddress          string
 	InMemory               bool
 	StartedAt              time.Time
-	Restored               *Restored // nil for a history with no backup before it
-}
-
-// Restored says which backup a history began with.
-type Restored struct {
-	At, BackupAt time.Time
-	ClusterID    string
-	TokensAbove  fence.Token
+	Restored               *lease.Restored // nil for a history with no backup before it
 }
 
 // Config configures a Server. Manager, Node and MaxMessageBytes are required.

@@ -225,7 +225,7 @@ func begin(cfg RestoreConfig, info BackupInfo, m *machine.Machine) (res RestoreR
 	if err != nil {
 		return res, err
 	}
-	n := note{ClusterID: id, Restored: &Restored{
+	n := note{ClusterID: id, Restored: &lease.Restored{
 		At: cfg.Now.UTC().Truncate(time.Second), ClusterID: info.ClusterID, BackupAt: info.At, TokensAbove: above,
 	}}
 	node := orDefault(cfg.NodeID, "n1")

@@ -9,11 +9,9 @@ import (
 	"io"
 	"runtime"
 	"sync/atomic"
-	"time"
 
 	"github.com/hashicorp/raft"
 
-	"github.com/distlock/distlock/fence"
 	"github.com/distlock/distlock/lease"
 	"github.com/distlock/distlock/lease/machine"
 )
@@ -38,21 +36,13 @@ type fsm struct {
 
 // note is kept with the machine, in the log and in snapshots, as JSON.
 type note struct {
-	ClusterID string    `json:"clusterId"`
-	Restored  *Restored `json:"restored,omitempty"`
+	ClusterID string          `json:"clusterId"`
+	Restored  *lease.Restored `json:"restored,omitempty"`
 	// Level, in the log, is what the machine is raised to. In a snapshot the
 	// machine has it itself. The first release does not know it.
 	Level machine.Level `json:"level,omitempty"`
 	// Chain, in a snapshot, is the digest of what has been applied.
 	Chain *chain `json:"chain,omitempty"`
-}
-
-// Restored says where a history began that was restored from a backup.
-type Restored struct {
-	At          time.Time   `json:"at"`
-	ClusterID   string      `json:"clusterId"` // that the backup is of
-	BackupAt    time.Time   `json:"backupAt"`
-	TokensAbove fence.Token `json:"tokensAbove"` // every token of this history is
 }
 
 // noteMark is the first byte of an entry that is a note; a batch begins with

@@ -52,7 +52,7 @@ func FuzzEntry(f *testing.F) {
 
 // FuzzSnapshot: a snapshot is read whole or refused, and comes back as it was.
 func FuzzSnapshot(f *testing.F) {
-	for _, n := range []note{{}, {ClusterID: "c", Restored: &Restored{ClusterID: "d", TokensAbove: 9}}} {
+	for _, n := range []note{{}, {ClusterID: "c", Restored: &lease.Restored{ClusterID: "d", TokensAbove: 9}}} {
 		m := machine.New(7)
 		m.Apply(machine.Batch{Commands: []machine.Command{&machine.Declare{Name: "a"}, &machine.GrantLease{TTL: 1}}})
 		var b bytes.Buffer

@@ -581,7 +581,7 @@ func (r *Replica) begun() bool {
 }
 
 // Restored says which backup this history began with; nil for none.
-func (r *Replica) Restored() *Restored {
+func (r *Replica) Restored() *lease.Restored {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.note.Restored

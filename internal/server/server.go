@@ -209,9 +209,7 @@ func (s *Server) node() transport.Node {
 	}
 	if s.replica != nil {
 		n.ID, n.ClusterID = s.replica.NodeID(), s.replica.ClusterID()
-		if r := s.replica.Restored(); r != nil {
-			n.Restored = &transport.Restored{At: r.At, BackupAt: r.BackupAt, ClusterID: r.ClusterID, TokensAbove: r.TokensAbove}
-		}
+		n.Restored = s.replica.Restored()
 	}
 	return n
 }
