@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -120,24 +121,45 @@ Without a command it runs the server, as 'distlock serve' does.`
 	return root
 }
 
-// fromEnvironment takes flags that were not given from DISTLOCK_<FLAG>.
+// hasVariable marks the flags that may come from the environment: those of the server,
+// and those that say which server to ask and how. What a command does comes from its
+// line alone, whatever else set a variable of that name: `run` for its command,
+// Kubernetes for a Service, a shell of hours ago.
+func hasVariable(flags *pflag.FlagSet, names ...string) {
+	for _, name := range names {
+		flags.SetAnnotation(name, variable, []string{"DISTLOCK_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))})
+	}
+}
+
+const variable = "variable"
+
+// exclusive are flags of which one alone has a meaning: given, it is not held against
+// what the environment says for the other.
+var exclusive = map[string][]string{
+	"in-memory": {"data-dir", "peer-address"}, "peer-address": {"in-memory"}, "data-dir": {"in-memory"},
+	"join": {"initial-cluster"}, "initial-cluster": {"join"},
+}
+
+// fromEnvironment takes flags that were not given from their variables.
 func fromEnvironment(cmd *cobra.Command) error {
 	var failed error
+	given := make(map[string]bool)
+	cmd.Flags().Visit(func(f *pflag.Flag) { given[f.Name] = true })
 	cmd.Flags().VisitAll(func(f *pflag.Flag) {
-		name := "DISTLOCK_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
-		value, ok := os.LookupEnv(name)
-		if !ok || f.Changed || failed != nil || f.Name == "help" || f.Annotations[runOnly] != nil {
+		name := f.Annotations[variable]
+		if len(name) == 0 || given[f.Name] || failed != nil || slices.ContainsFunc(exclusive[f.Name], func(other string) bool { return given[other] }) {
+			return
+		}
+		value, ok := os.LookupEnv(name[0])
+		if !ok || value == "" || f.Name == "port" && strings.Contains(value, "://") { // Kubernetes makes that for a Service named distlock
 			return
 		}
 		if err := cmd.Flags().Set(f.Name, value); err != nil {
-			failed = usage("%s=%q: %w", name, value, err)
+			failed = usage("%s=%q: %w", name[0], value, err)
 		}
 	})
 	return failed
 }
-
-// runOnly marks flags whose variable is one that `run` sets for its command.
-const runOnly = "run-only"
 
 func versionCommand() *cobra.Command {
 	return &cobra.Command{

@@ -27,17 +27,20 @@ func (r *remote) add(cmd *cobra.Command) *cobra.Command {
 	flags := cmd.Flags()
 	flags.StringSliceVar(&r.endpoints, "endpoints", []string{client.DefaultEndpoint}, "servers, host:port each")
 	flags.DurationVar(&r.timeout, "timeout", 10*time.Second, "time for a server to answer")
+	hasVariable(flags, "endpoints", "timeout")
 	return cmd
 }
 
 func (r *remote) addOutput(cmd *cobra.Command) *cobra.Command {
 	cmd.Flags().StringVarP(&r.output, "output", "o", "table", "table, json or yaml")
+	hasVariable(cmd.Flags(), "output")
 	return r.add(cmd)
 }
 
 // addRead adds the flags of a command that reads.
 func (r *remote) addRead(cmd *cobra.Command) *cobra.Command {
 	cmd.Flags().StringVar(&r.consistency, "consistency", "linearizable", "linearizable, or stale: what the server asked has")
+	hasVariable(cmd.Flags(), "consistency")
 	return r.addOutput(cmd)
 }
 

@@ -72,6 +72,7 @@ func serveCommand(use string) *cobra.Command {
 	flags.BoolVar(&f.Pprof, "pprof", false, "serve Go's profiles there too")
 	flags.StringVar(&f.logFormat, "log-format", "console", "console or json")
 	flags.StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
+	flags.VisitAll(func(flag *pflag.Flag) { hasVariable(flags, flag.Name) })
 	flags.BoolVar(&f.showVersion, "version", false, "print the version")
 	flags.BoolVar(&f.noVersion, "no-version", false, "do not")
 	return cmd
