@@ -52,9 +52,10 @@ const (
 	maxKept = 256 << 20
 	// fairKept is what a connection may have of maxKept, however many there are.
 	fairKept = 64 << 10
-	// An idle call waits for what is asked, or for its answer to be read. When there
-	// are too many calls, a connection may have an equal part of them idle, fewIdle at
-	// least and maxIdle at most: whoever has more for idleFor is cut.
+	// An idle call waits for what is asked, or for its answer to be read, as does a
+	// stream of Multiplex on which nothing is under way. When there are too many calls,
+	// a connection may have an equal part of them idle, fewIdle at least and maxIdle at
+	// most: whoever has more for idleFor is cut.
 	fewIdle, maxIdle = 16, 1000
 	idleFor          = time.Second
 	// mostOperations bounds what is under way on the streams of all connections: answers
@@ -85,6 +86,7 @@ type begun struct {
 	cost    int64 // see account
 	asked   time.Time
 	conn    *conn
+	stream  uint32
 	unary   bool // and being worked on, but for rest
 }
 
@@ -118,7 +120,7 @@ func (c *calls) look(now time.Time) {
 	for _, conn := range list {
 		operations += conn.share.UnderWay()
 	}
-	calls, busy := c.under.Load() > c.most, operations > mostOperations
+	calls, busy := c.under.Load() >= c.most, operations > mostOperations
 	before := c.pressed
 	if c.pressed = calls || busy; !c.pressed {
 		return
@@ -136,8 +138,25 @@ func (c *calls) look(now time.Time) {
 	}
 }
 
+// tooMany reports whether one more call of a connection is one too many: of all, unless
+// the connection has no more than its part of them. So nobody can shut out others.
+func (c *calls) tooMany(conn *conn) bool {
+	under := c.under.Load()
+	return under > c.most && (under > 2*c.most || conn.streams.count() > max(c.part(c.most), 1))
+}
+
 // idleCalls is how many calls wait for their client.
-func (c *conn) idleCalls() int64 { return c.streams.count() - c.handled.Load() }
+func (c *conn) idleCalls() int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	idle := c.streams.count() - c.handled.Load()
+	for port := range c.ports {
+		if port.Idle() {
+			idle++
+		}
+	}
+	return idle
+}
 
 // rest is called when a call begins to wait, and what it returns when it goes on:
 // meanwhile it is not being worked on.
@@ -168,7 +187,7 @@ func (c *calls) tap(ctx context.Context, info *tap.Info) (context.Context, error
 	call.cost = costOfCall * (1 + bytes>>10)
 	conn.made += call.cost
 	conn.charge(call.cost)
-	if c.under.Load() > c.most && !brief[info.FullMethodName] {
+	if c.tooMany(conn) && !brief[info.FullMethodName] {
 		call.refused = &lease.ExhaustedError{What: "calls under way", Max: int(c.most)}
 	}
 	if bytes > fewHeaders {
@@ -209,8 +228,9 @@ func (c *calls) cut(conn *conn) {
 }
 
 // admit is told that a call goes on, and refuses one too many.
-func (c *calls) admit(call *begun) error {
+func (c *calls) admit(ctx context.Context, call *begun) error {
 	call.asked = time.Now() // of the process
+	call.stream = streamOf(ctx)
 	call.conn.credit(call.cost + framesOfCall)
 	if call.refused != nil {
 		c.refused(ReasonExhausted)
@@ -226,9 +246,10 @@ func (c *calls) unary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, han
 	}
 	call.conn.handled.Add(1)
 	defer call.conn.handled.Add(-1)
-	if err := c.admit(call); err != nil {
+	if err := c.admit(ctx, call); err != nil {
 		return nil, err
 	}
+	call.took(-1)
 	call.unary = true
 	call.work(1)
 	defer call.work(-1)
@@ -243,11 +264,17 @@ func (c *calls) stream(srv any, in grpc.ServerStream, _ *grpc.StreamServerInfo, 
 	}
 	call.conn.handled.Add(1)
 	defer call.conn.handled.Add(-1)
-	if err := c.admit(call); err != nil {
+	if err := c.admit(in.Context(), call); err != nil {
 		return err
 	}
 	defer call.answered(in.Context())
 	return handler(srv, in)
+}
+
+// took is told that a call has taken so many bytes of what has come on its stream, all
+// for less than 0: they pay for the frames that they came in.
+func (b *begun) took(bytes int64) {
+	b.conn.credit(b.conn.streams.taken(b.stream, bytes))
 }
 
 // answered counts a call that has been worked on, and whether that was for nothing. A

@@ -78,7 +78,7 @@ func TestCallsThatAreOnlyBegunAreBounded(t *testing.T) {
 		return err
 	}
 	c := http2test.Dial(t, r.address)
-	for range 10 {
+	for range 21 { // twice as many as there may be: one of its own part is one too many then
 		if _, err := c.Begin(pb.LockService_List_FullMethodName); err != nil {
 			t.Fatal(err)
 		}
@@ -127,7 +127,7 @@ func TestIdleCallsAreBounded(t *testing.T) {
 		},
 	} {
 		c := http2test.Dial(t, r.address, http2test.Lazy())
-		for range most {
+		for range 2*most + 1 {
 			more(c)
 		}
 		soonTrue(t, "a call is refused", func() bool { return status.Code(get()) == codes.ResourceExhausted })
@@ -144,6 +144,51 @@ func TestIdleCallsAreBounded(t *testing.T) {
 	few.Ended(last)
 	few.Close()
 	soonTrue(t, "nothing is counted", func() bool { return r.calls.under.Load() == 0 })
+}
+
+// TestNobodyShutsOutOthers: with streams that are open and idle, and with waits, one
+// client can take all calls that there may be; others have their part of them all the
+// same, and whoever leaves streams idle is cut.
+func TestNobodyShutsOutOthers(t *testing.T) {
+	const most = 8 * fewIdle
+	r := serve(t, Config{Manager: bounded(t, lease.Bounds{}), MaxCalls: most})
+	get := func(what string) {
+		t.Helper()
+		for range 20 {
+			if _, err := r.locks().Get(soon(t), &pb.GetRequest{Name: "a"}); err != nil {
+				t.Fatalf("beside %s: %v", what, err)
+			}
+		}
+	}
+	get("nothing")
+	c := http2test.Dial(t, r.address)
+	for i := range int64(most) { // what comes together counts together
+		if _, err := c.Begin(pb.StreamService_Multiplex_FullMethodName); err != nil {
+			t.Fatal(err)
+		}
+		soonTrue(t, "it is begun", func() bool { return r.calls.under.Load() > i })
+	}
+	get("idle streams")
+	c.Cut()
+	soonTrue(t, "there is room again", func() bool { return r.calls.under.Load() == 0 })
+	ctx, cancel := context.WithCancel(soon(t))
+	defer cancel()
+	if _, err := r.locks().Acquire(ctx, benchAcquire(1)); err != nil {
+		t.Fatal(err)
+	}
+	waits := dial(t, r.address)
+	defer waits.Close()
+	refused := make(chan error, 2*most)
+	for range 2 * most {
+		go func() {
+			_, err := pb.NewLockServiceClient(waits).Acquire(ctx, benchAcquire(1))
+			refused <- err
+		}()
+	}
+	if err := <-refused; status.Code(err) != codes.ResourceExhausted {
+		t.Fatalf("one of too many waits: %v", err)
+	}
+	get("waits")
 }
 
 // TestCallsThatEndAreNotCounted: however they end, on a connection that goes on.

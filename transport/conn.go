@@ -3,6 +3,7 @@ package transport
 import (
 	"context"
 	"net"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -22,6 +23,8 @@ type conn struct {
 
 	multiplex atomic.Int64 // streams of it that are open
 	share     *lease.Share // of those
+	mu        sync.Mutex
+	ports     map[*lease.Port]struct{} // of those
 
 	calls    *calls
 	streams  *streams // calls under way, and what is kept of what they ask
@@ -82,7 +85,7 @@ func (l listener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &conn{Conn: raw, peer: l.peer, share: lease.NewShare(maxWaits, maxOnConn), calls: l.s.calls, streams: newStreams(l.s.calls)}
+	c := &conn{Conn: raw, peer: l.peer, share: lease.NewShare(maxWaits, maxOnConn), ports: make(map[*lease.Port]struct{}), calls: l.s.calls, streams: newStreams(l.s.calls)}
 	c.received, c.sent = newReceived(c.streams), sent{streams: c.streams}
 	if !c.peer {
 		c.calls.open(c)
@@ -94,6 +97,18 @@ func (l listener) Accept() (net.Conn, error) {
 		l.s.seen(c)
 	}
 	return c, nil
+}
+
+// has is told of a port of a stream, and the function that it returns that it is over.
+func (c *conn) has(port *lease.Port) (over func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.ports[port] = struct{}{}
+	return func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.ports, port)
+	}
 }
 
 // RemoteAddr implements net.Conn.

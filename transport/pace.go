@@ -21,8 +21,8 @@ const (
 	costOfCall    = 8                // frames
 	freeDebt      = 256 * costOfCall // of a connection
 	debtPerSecond = 500 * costOfCall // earned, by all connections of an address that are in debt together
-	framesOfCall  = 4                // headers, request, what acknowledges the answer
-	framesOfItem  = 2                // of a message on a stream
+	framesOfCall  = 3                // headers, and what acknowledges the answer
+	framesOfItem  = 1                // what acknowledges that to a message of a stream
 	creditEach    = 2 * costOfCall   // for an answer, and for each 4 KiB of those that are counted
 	costOfOpening = 8 * costOfCall   // a connection on which nothing is answered
 	shortPause    = 50 * time.Millisecond

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -149,130 +150,139 @@ func TestDebtGoesWithTheAddress(t *testing.T) {
 
 func testStreams() *streams { return newStreams(&calls{}) }
 
-// TestMessagesThatHaveNotComeWhole: their bytes are kept until they have, or their
-// stream is over, however what is sent is cut into pieces and padded.
-func TestMessagesThatHaveNotComeWhole(t *testing.T) {
+// TestWhatNobodyHasTaken: what comes on a stream is kept until it is taken or the stream
+// is over, however what is sent is cut into pieces and padded, and whoever ends it.
+func TestWhatNobodyHasTaken(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 4))
 	for round := range 300 {
-		var out bytes.Buffer
-		out.WriteString(http2.ClientPreface)
-		w := http2.NewFramer(&out, nil)
+		type stream struct {
+			bytes, frames, kept int64
+			over                bool
+		}
+		list := make([]*stream, 1+r.IntN(5))
+		f := newReceived(testStreams())
+		answers := sent{streams: f.streams}
 		check := func(err error) {
 			t.Helper()
 			if err != nil {
 				t.Fatal(err)
 			}
 		}
-		type stream struct { // and its message under way
-			left, kept, frames int
-			unread, unreadIn   int // bytes, and frames
-			over, reset        bool
-		}
-		list := make([]*stream, 1+r.IntN(5))
-		headers := func(i int, end bool) {
+		var in, out bytes.Buffer
+		in.WriteString(http2.ClientPreface)
+		w, v := http2.NewFramer(&in, nil), http2.NewFramer(&out, nil)
+		headers := func(w *http2.Framer, i int, end bool) {
 			check(w.WriteHeaders(http2.HeadersFrameParam{StreamID: uint32(2*i + 1), EndStream: end, EndHeaders: true, BlockFragment: make([]byte, r.IntN(20))}))
 		}
 		for i := range list {
 			list[i] = &stream{}
-			headers(i, false)
+			headers(w, i, false)
 		}
-		for range r.IntN(60) * r.IntN(20) {
+		flush := func() {
+			for in.Len() > 0 {
+				f.in(in.Next(1 + r.IntN(1+r.IntN(700))))
+			}
+			for out.Len() > 0 {
+				answers.out(out.Next(1 + r.IntN(20)))
+			}
+		}
+		for range r.IntN(60) * r.IntN(5) {
 			i := r.IntN(len(list))
 			s, id := list[i], uint32(2*i+1)
-			switch {
-			case r.IntN(50) == 0:
+			switch r.IntN(20) {
+			case 0:
 				check(w.WriteRSTStream(id, http2.ErrCodeCancel))
-				*s = stream{over: true, reset: true}
-			case s.over:
-			case r.IntN(50) == 0:
-				headers(i, true) // trailers
-				s.kept, s.frames, s.over = 0, 0, true
+				*s = stream{over: true}
+				flush()
+			case 1:
+				check(v.WriteRSTStream(id, http2.ErrCodeCancel))
+				*s = stream{over: true}
+				flush()
+			case 2:
+				headers(v, i, true)
+				*s = stream{over: true}
+				flush()
+			case 3:
+				headers(w, i, true)  // trailers
+				headers(v, i, false) // the answer's headers
+				check(v.WriteData(id, false, make([]byte, r.IntN(50))))
+				check(v.WriteWindowUpdate(id, 1<<20))
+			case 4, 5, 6:
+				flush()
+				n := int64(-1)
+				if s.bytes > 0 && r.IntN(2) == 0 {
+					n = r.Int64N(s.bytes) + 1
+				}
+				frames := f.streams.taken(id, n)
+				if n < 0 {
+					n = s.bytes
+				}
+				if n > 0 {
+					gone, kept := s.frames*n/s.bytes, s.kept*n/s.bytes
+					if want := min(gone, 2+n>>10); frames != want {
+						t.Fatalf("round %d: %d frames are taken, not %d", round, frames, want)
+					}
+					s.bytes, s.frames, s.kept = s.bytes-n, s.frames-gone, s.kept-kept
+				} else if frames != 0 {
+					t.Fatalf("round %d: %d frames are taken of nothing", round, frames)
+				}
 			default:
-				var data []byte
-				for n := 1 + r.IntN(300); len(data) < n; {
-					if s.kept == 0 {
-						s.left = r.IntN(400)
-						data = append(data, 0, 0, 0, byte(s.left>>8), byte(s.left))
-						s.kept = messageHeader
-					}
-					k := min(s.left, r.IntN(200))
-					data = append(data, make([]byte, k)...)
-					s.left, s.kept = s.left-k, s.kept+k
-					if s.left == 0 {
-						s.kept, s.frames = 0, 0
-					}
-				}
-				if s.kept > 0 {
-					s.frames++
-				}
-				s.unread, s.unreadIn = s.unread+len(data), s.unreadIn+1
+				data := make([]byte, r.IntN(2)*r.IntN(6000))
+				pad := -1
 				if r.IntN(3) == 0 {
-					check(w.WriteDataPadded(id, false, data, make([]byte, r.IntN(50))))
+					pad = r.IntN(50)
+					check(w.WriteDataPadded(id, false, data, make([]byte, pad)))
 				} else {
 					check(w.WriteData(id, false, data))
 				}
+				if len(data) > 0 && !s.over {
+					// The framer leaves padding of no length out.
+					length := len(data)
+					if pad > 0 {
+						length += 1 + pad
+					}
+					s.bytes, s.frames, s.kept = s.bytes+int64(len(data)), s.frames+1, s.kept+pieceOf(length)
+				}
 			}
 		}
-		kept, messages, open := 0, 0, 0
+		flush()
+		kept, open := int64(0), int64(0)
 		for _, s := range list {
-			kept += max(s.kept+eachPiece*s.frames, max(s.unread-mayBeRead, 0)+eachPiece*max(s.unreadIn-mayBeReadFrames, 0))
-			if s.kept > 0 {
-				messages++
-			}
-			if !s.reset {
+			if kept += s.kept; !s.over {
 				open++
 			}
-		}
-		f := newReceived(testStreams())
-		for out.Len() > 0 {
-			f.in(out.Next(1 + r.IntN(1+r.IntN(700))))
-		}
-		partial := 0
-		for _, m := range f.streams.open {
-			if m.part != nil {
-				partial++
-			}
-		}
-		if got := f.streams.bytes(); int(got) != kept || partial != messages || f.streams.count() != int64(open) {
-			t.Fatalf("round %d: %d bytes of %d messages of %d streams are kept, not %d of %d of %d", round, got, partial, f.streams.count(), kept, messages, open)
 		}
 		all := f.streams.all
-		if all.under.Load() != int64(open) || all.kept.Load() != int64(kept) {
-			t.Fatalf("round %d: %d streams and %d bytes are counted", round, all.under.Load(), all.kept.Load())
-		}
-		// What the server says that it has read does not count, and what it ends is
-		// over, in whatever pieces it says so.
-		var said bytes.Buffer
-		w = http2.NewFramer(&said, nil)
-		kept, open = 0, 0
-		for i, s := range list {
-			id := uint32(2*i + 1)
-			check(w.WriteWindowUpdate(0, 1<<20))
-			check(w.WriteHeaders(http2.HeadersFrameParam{StreamID: id, EndHeaders: true, BlockFragment: make([]byte, 9)}))
-			check(w.WriteData(id, false, make([]byte, r.IntN(50))))
-			switch {
-			case s.reset:
-			case r.IntN(3) == 0:
-				check(w.WriteRSTStream(id, http2.ErrCodeCancel))
-			case r.IntN(2) == 0:
-				check(w.WriteHeaders(http2.HeadersFrameParam{StreamID: id, EndHeaders: true, EndStream: true}))
-			default:
-				check(w.WriteWindowUpdate(id, uint32(s.unread+1)))
-				kept += s.kept + eachPiece*s.frames
-				open++
-			}
-		}
-		answers := sent{streams: f.streams}
-		for said.Len() > 0 {
-			answers.out(said.Next(1 + r.IntN(20)))
-		}
-		if got := f.streams.bytes(); int(got) != kept || f.streams.count() != int64(open) {
-			t.Fatalf("round %d: afterwards %d bytes of %d streams are kept, not %d of %d", round, got, f.streams.count(), kept, open)
+		if got := f.streams.bytes(); got != kept || all.kept.Load() != kept || f.streams.count() != open || all.under.Load() != open {
+			t.Fatalf("round %d: %d bytes of %d streams are kept, not %d of %d", round, got, f.streams.count(), kept, open)
 		}
 		f.streams.close()
 		if all.under.Load() != 0 || all.kept.Load() != 0 {
 			t.Fatalf("round %d: %d streams and %d bytes are counted when it is closed", round, all.under.Load(), all.kept.Load())
 		}
+	}
+}
+
+// TestStreamsHaveNumbers: gRPC tells nobody the number of a call's stream; we find it.
+func TestStreamsHaveNumbers(t *testing.T) {
+	var got []uint32
+	var mu sync.Mutex
+	r := serve(t, Config{Manager: &manager{locks: func(ctx context.Context, _ string, _ int) ([]lease.LockInfo, bool, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		got = append(got, streamOf(ctx))
+		return nil, false, nil
+	}}})
+	for range 3 {
+		if _, err := r.locks().List(soon(t), &pb.ListRequest{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !slices.Equal(got, []uint32{1, 3, 5}) {
+		t.Errorf("%v", got)
+	}
+	if n := streamOf(t.Context()); n != 0 {
+		t.Errorf("%d, of no call", n)
 	}
 }
 

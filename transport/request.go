@@ -132,8 +132,9 @@ func decoding(desc *grpc.ServiceDesc) *grpc.ServiceDesc {
 // and counts what waits to be read.
 type stream struct {
 	grpc.ServerStream
-	ctx context.Context
-	out *sending
+	ctx  context.Context
+	out  *sending
+	call *begun // nil for another member's
 }
 
 // Context implements grpc.ServerStream.
@@ -145,8 +146,19 @@ func (s *stream) RecvMsg(msg any) error {
 	if err := s.ServerStream.RecvMsg(&e); err != nil {
 		return err
 	}
+	if s.call != nil {
+		n := int64(-1)
+		if to, ok := msg.(encoded); ok {
+			n = int64(messageHeader + len(*to.bytes))
+			s.call.conn.credit(framesOfItem)
+		}
+		s.call.took(n)
+	}
 	return e.err
 }
+
+// messageHeader is what stands before a message of gRPC.
+const messageHeader = 5
 
 // SendMsg implements grpc.ServerStream.
 func (s *stream) SendMsg(msg any) error {

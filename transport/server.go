@@ -25,6 +25,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/distlock/distlock/internal/bound"
 	"github.com/distlock/distlock/lease"
@@ -257,30 +258,38 @@ func unary(logger *zap.Logger, work workers, refused func(string)) grpc.UnarySer
 		if renews(req) {
 			work = nil
 		}
-		bytes, counts := mayTake(req)
-		if !counts {
-			return worked(ctx, req, work, refused, handler)
-		}
 		out := &sending{box: boxOf(ctx)}
-		if bytes > 0 {
-			again := rest(ctx)
-			err := out.reserve(ctx, bytes)
-			again()
-			if err != nil {
-				return nil, toStatus(err)
+		defer out.done()
+		for bytes := mayTake(req); ; {
+			if bytes > 0 {
+				again := rest(ctx)
+				err := out.reserve(ctx, bytes)
+				again()
+				if err != nil {
+					return nil, toStatus(err)
+				}
+			}
+			fits := true
+			resp, err := worked(ctx, req, work, refused, func(ctx context.Context, req any) (any, error) {
+				resp, err := handler(ctx, req)
+				if err == nil && bytes == 0 {
+					err = out.box.full()
+				}
+				if err != nil {
+					return nil, err
+				}
+				if m, ok := resp.(proto.Message); ok && bytes > 0 {
+					if n := int64(proto.Size(m)); n > bytes && n > smallAnswer && !out.grow(n) {
+						bytes, fits = n, false // made again when there is room
+						return nil, nil
+					}
+				}
+				return out.encode(resp)
+			})
+			if fits {
+				return resp, err
 			}
 		}
-		defer out.done()
-		return worked(ctx, req, work, refused, func(ctx context.Context, req any) (any, error) {
-			resp, err := handler(ctx, req)
-			if err == nil && bytes == 0 {
-				err = out.box.full()
-			}
-			if err != nil {
-				return nil, err
-			}
-			return out.encode(resp)
-		})
 	}
 }
 
@@ -311,7 +320,8 @@ func streaming(logger *zap.Logger, stopping context.Context) grpc.StreamServerIn
 		defer context.AfterFunc(stopping, func() { cancel(lease.ErrStopping) })()
 		out := &sending{box: boxOf(in.Context())}
 		defer out.done()
-		err = handler(srv, &stream{in, context.WithValue(ctx, sendingKey{}, out), out})
+		call, _ := ctx.Value(begunKey{}).(*begun)
+		err = handler(srv, &stream{in, context.WithValue(ctx, sendingKey{}, out), out, call})
 		switch {
 		case err == nil:
 			return nil

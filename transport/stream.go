@@ -51,6 +51,9 @@ func (s *streamService) Multiplex(stream multiplexStream) error {
 		defer a.multiplex.Add(-1)
 	}
 	port := s.m.NewPort(under, share)
+	if a := connOf(stream.Context()); a != nil {
+		defer a.has(port)()
+	}
 	connection := connectionOf(stream)
 	defer func() { port.Close(detached(connection)) }()
 	read := make(chan error, 1)
@@ -127,9 +130,6 @@ func (s *streamService) take(ctx context.Context, data []byte, decoder *wire.Ope
 	s.work.leave()
 	if err != nil {
 		return err
-	}
-	if a := connOf(ctx); a != nil && len(data) > 0 {
-		a.credit(framesOfItem)
 	}
 	port.Submit(batch)
 	return nil

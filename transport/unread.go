@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/distlock/distlock/lease"
+	original "github.com/distlock/distlock/proto/distlock"
 	pb "github.com/distlock/distlock/proto/distlock/v1"
 	"github.com/distlock/distlock/proto/wire"
 )
@@ -25,7 +26,7 @@ import (
 type unread struct {
 	each, inAll int64 // bytes of one connection and of all; large answers wait for room beyond
 	// A client that has not read within patience what waits for it now is cut;
-	// when there is no room, once it has made others wait for as long as pressed.
+	// when there is no room, and it does not read on, after as long as pressed.
 	patience, pressed time.Duration
 
 	logger  *zap.Logger
@@ -121,11 +122,11 @@ func (u *unread) look(now time.Time) {
 	}
 	var list []slow
 	for _, b := range u.list() {
-		bytes, since := b.unreadSince(now)
+		bytes, since, read := b.unreadSince(now)
 		switch {
 		case since >= u.patience:
 			u.cut(b, bytes, since)
-		case since >= u.pressed:
+		case since >= u.pressed && float64(read) < since.Seconds()*readsOn:
 			list = append(list, slow{b, bytes, since})
 		}
 	}
@@ -146,6 +147,10 @@ func (u *unread) cut(b *outbox, bytes int64, since time.Duration) {
 	b.close() // gRPC notices later, and what others wait for is there now
 }
 
+// readsOn is how many bytes a second whoever reads on takes at least: when there is no
+// room in all, it is not cut before its patience ends.
+const readsOn = 128 << 10
+
 // outbox is what waits to be read by the client of one connection. The nil outbox
 // has no bound.
 type outbox struct {
@@ -160,9 +165,10 @@ type outbox struct {
 	closed   bool
 	read     int64 // bytes handed over so far
 
-	// The keeper's: what waited at a time has been read once read gets there.
-	mark  int64
-	since time.Time
+	// The keeper's: what waited at a time has been read once read gets from
+	// start to mark.
+	since       time.Time
+	start, mark int64
 }
 
 // full refuses an answer that does not wait for room when very much waits. What was
@@ -242,21 +248,21 @@ func (b *outbox) close() {
 	}
 }
 
-// unreadSince is how much waits, and for how long some of that has at least; it is
-// for the keeper.
-func (b *outbox) unreadSince(now time.Time) (int64, time.Duration) {
+// unreadSince is how much waits, for how long some of that has at least, and how much
+// has been read meanwhile; it is for the keeper.
+func (b *outbox) unreadSince(now time.Time) (bytes int64, since time.Duration, read int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	switch {
 	case b.waiting == 0 || b.closed:
 		b.since = time.Time{}
 	case b.since.IsZero() || b.read >= b.mark:
-		b.since, b.mark = now, b.read+b.waiting
+		b.since, b.start, b.mark = now, b.read, b.read+b.waiting
 	}
 	if b.since.IsZero() {
-		return 0, 0
+		return 0, 0, 0
 	}
-	return b.waiting, now.Sub(b.since)
+	return b.waiting, now.Sub(b.since), b.read - b.start
 }
 
 // sending is what one call has in an outbox. Reserve, take and done belong to the
@@ -286,6 +292,23 @@ func (s *sending) reserve(ctx context.Context, n int64) error {
 			return ctx.Err()
 		}
 	}
+}
+
+// grow makes what is reserved so much, if there is room; one lock with all its holders
+// may take far more than most.
+func (s *sending) grow(n int64) bool {
+	if s.box == nil || n <= s.room {
+		return true
+	}
+	s.box.mu.Lock()
+	defer s.box.mu.Unlock()
+	b := s.box
+	if !b.closed && (b.waiting+b.reserved-s.room+n > b.all.each || b.all.total.Load() >= b.all.inAll) {
+		return false
+	}
+	b.count(&b.reserved, n-s.room)
+	s.room = n
+	return true
 }
 
 // turn waits for room for a small message, unless the last one has gone: an answer
@@ -378,13 +401,23 @@ func (s *sending) encode(msg any) (out outgoing, err error) {
 	return outgoing{s.take(e.bytes)}, nil
 }
 
-// encode encodes a message in a buffer of the pool.
+// largestPooled is the largest buffer of gRPC's pool but one of 1 MiB.
+const largestPooled = 32 << 10
+
+// encode encodes a message in a buffer of the pool, or one of its own.
 func encode(msg any) (*[]byte, error) {
 	m, ok := msg.(proto.Message)
 	if !ok {
 		return nil, fmt.Errorf("%T is not a message", msg)
 	}
-	buf := wire.Buffer(max(proto.Size(m), countedBytes))
+	n := max(proto.Size(m), countedBytes)
+	var buf *[]byte
+	if n <= largestPooled || n > softLimit/2 {
+		buf = wire.Buffer(n)
+	} else { // the pool has but one size for these
+		made := make([]byte, 0, n)
+		buf = &made
+	}
 	var err error
 	*buf, err = proto.MarshalOptions{UseCachedSize: true}.MarshalAppend(*buf, m)
 	return buf, err
@@ -395,21 +428,18 @@ const (
 	perEntry    = 1 << 10 // of a list
 )
 
-// mayTake is about what the answer to a request takes, and whether it is worth
-// counting. What renews never waits for room: a lease would be lost.
-func mayTake(req any) (bytes int64, counts bool) {
+// mayTake is about what the answer to a request takes, 0 for one that does not wait
+// for room before it is made. What renews never does: a lease would be lost.
+func mayTake(req any) (bytes int64) {
 	switch r := req.(type) {
 	case *pb.ListRequest:
-		return min(perEntry*int64(cmp.Or(r.GetPageSize(), defaultPage)), softLimit), true
+		return min(perEntry*int64(cmp.Or(r.GetPageSize(), defaultPage)), softLimit)
 	case *pb.ListLeasesRequest:
-		return min(perEntry*int64(cmp.Or(r.GetPageSize(), defaultPage)), softLimit), true
+		return min(perEntry*int64(cmp.Or(r.GetPageSize(), defaultPage)), softLimit)
 	case *pb.GetRequest, *pb.GetLeaseRequest:
-		return smallAnswer, true
-	case *pb.KeepAliveRequest:
-		return 0, len(r.GetLeaseIds())+len(r.GetRequestIds()) > fewRenewals
+		return smallAnswer
+	case *original.EmptyRequest: // all locks at once
+		return softLimit
 	}
-	return 0, false
+	return 0
 }
-
-// fewRenewals are those whose answers are as small as a grant's.
-const fewRenewals = 64

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/distlock/distlock/internal/http2test"
 	"github.com/distlock/distlock/lease"
 	"github.com/distlock/distlock/lease/machine"
@@ -94,7 +96,8 @@ func TestAnswersThatNobodyReadsAreBounded(t *testing.T) {
 	soonTrue(t, "nothing is counted any more", func() bool { return r.unread.total.Load() == 0 })
 }
 
-// TestRenewalsThatNobodyReadsAreBounded: what never waits for room is refused.
+// TestRenewalsThatNobodyReadsAreBounded: what never waits for room is refused, be its
+// answers large or small.
 func TestRenewalsThatNobodyReadsAreBounded(t *testing.T) {
 	m, _ := large()
 	var refused atomic.Int64
@@ -103,17 +106,81 @@ func TestRenewalsThatNobodyReadsAreBounded(t *testing.T) {
 			refused.Add(1)
 		}
 	}}, func(s *Server) { s.unread.each = 64 << 10 })
+	for _, ids := range []int{100, 1} {
+		refused.Store(0)
+		l := http2test.Dial(t, r.address, http2test.Lazy())
+		many := &pb.KeepAliveRequest{}
+		for i := range ids {
+			many.LeaseIds = append(many.LeaseIds, uint64(i+1))
+		}
+		for range 300 {
+			l.Call(pb.LeaseService_KeepAlive_FullMethodName, many)
+		}
+		soonTrue(t, "some are refused", func() bool { return refused.Load() > 0 })
+		if n := r.unread.total.Load(); n > 5*r.unread.each {
+			t.Errorf("%d bytes wait", n)
+		}
+		l.Close()
+		soonTrue(t, "nothing is counted any more", func() bool { return r.unread.total.Load() == 0 })
+	}
+}
+
+// TestAnswersLargerThanTheyLooked: an answer that turns out to take far more than most
+// is made again once there is room for it.
+func TestAnswersLargerThanTheyLooked(t *testing.T) {
+	m, asked := large()
+	r := serve(t, Config{Manager: m})
 	l := http2test.Dial(t, r.address, http2test.Lazy())
-	many := &pb.KeepAliveRequest{}
-	for i := range 100 {
-		many.LeaseIds = append(many.LeaseIds, uint64(i+1))
+	const calls = 100
+	var ids []uint32
+	for range calls {
+		ids = append(ids, l.Call(pb.LockService_List_FullMethodName, &pb.ListRequest{PageSize: 1}))
 	}
-	for range 300 {
-		l.Call(pb.LeaseService_KeepAlive_FullMethodName, many)
+	soonTrue(t, "there is no room", func() bool { return r.unread.total.Load() >= r.unread.each })
+	if n := r.unread.total.Load(); n > 2*r.unread.each || asked.Load() > calls/2 {
+		t.Errorf("%d bytes wait of %d", n, asked.Load())
 	}
-	soonTrue(t, "some are refused", func() bool { return refused.Load() > 0 })
-	if n := r.unread.total.Load(); n > 5*r.unread.each {
-		t.Errorf("%d bytes wait", n)
+	l.Open(0, 1<<30)
+	for _, id := range ids {
+		l.Open(id, 4<<20)
+	}
+	for ended := 0; ended < calls; {
+		if _, _, end := l.Next(); end {
+			ended++
+		}
+	}
+	soonTrue(t, "nothing is counted any more", func() bool { return r.unread.total.Load() == 0 })
+}
+
+// TestWhoReadsOnIsNotCut: not even when there is no room in all, unless it has not read
+// within its patience what waited.
+func TestWhoReadsOnIsNotCut(t *testing.T) {
+	u := newUnread(zap.NewNop(), func(string) {}, nil)
+	cut := make(map[string]bool)
+	open := func(from string) *sending {
+		s := &sending{box: u.open(from, func() { cut[from] = true })}
+		s.box.count(&s.box.waiting, u.inAll)
+		return s
+	}
+	reads := open("reads")
+	open("stands")
+	now := time.Now()
+	for range 8 {
+		u.look(now)
+		now = now.Add(u.pressed / 4)
+		reads.box.mu.Lock()
+		reads.box.read += readsOn / 4
+		reads.box.mu.Unlock()
+	}
+	if cut["reads"] || !cut["stands"] {
+		t.Errorf("cut: %v", cut)
+	}
+	for range 8 {
+		now = now.Add(u.patience / 4)
+		u.look(now)
+	}
+	if !cut["reads"] {
+		t.Error("one that does not come to an end is not cut")
 	}
 }
 
@@ -199,12 +266,12 @@ func TestWhoReadsSlowlyIsNotCut(t *testing.T) {
 		now = now.Add(u.patience / 4)
 		put()
 		sent()
-		if _, since := b.unreadSince(now); since >= u.patience {
+		if _, since, _ := b.unreadSince(now); since >= u.patience {
 			t.Fatalf("unread for %v", since)
 		}
 	}
 	now = now.Add(u.patience)
-	if bytes, since := b.unreadSince(now); since < u.patience || bytes != 16<<10 {
+	if bytes, since, _ := b.unreadSince(now); since < u.patience || bytes != 16<<10 {
 		t.Errorf("%d bytes unread for %v", bytes, since)
 	}
 }
