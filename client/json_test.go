@@ -74,7 +74,7 @@ func inJSON(m protoreflect.Message) ordered {
 	for i := range fields.Len() {
 		f := fields.Get(i)
 		v := m.Get(f)
-		put := func(v any) { out = append(out, member{f.JSONName(), v}) }
+		put := func(v any) { out = append(out, field{f.JSONName(), v}) }
 		switch {
 		case f.IsMap():
 			all := map[string]string{}
@@ -121,7 +121,7 @@ func one(f protoreflect.FieldDescriptor, v protoreflect.Value) any {
 }
 
 // ordered is an object with its members in order.
-type ordered []member
+type ordered []field
 
 func (o ordered) MarshalJSON() ([]byte, error) { return object(o...) }
 

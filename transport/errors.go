@@ -209,7 +209,7 @@ func describe(err error) (string, *pb.Problem) {
 func problemOf(r *lease.Refusal) *pb.Problem {
 	p := &pb.Problem{
 		Reason: string(r.Reason), Name: r.Name, LeaseId: uint64(r.Lease), Token: uint64(r.Token),
-		CurrentToken: uint64(r.Current), LastToken: uint64(r.Last), GrantedSince: r.Since,
+		CurrentToken: uint64(r.Current), LastToken: uint64(r.Last), GrantedSince: r.GrantedSince,
 		Limit: r.Limit, AskedLimit: r.Asked, Field: r.Field,
 	}
 	if r.Ended != nil {

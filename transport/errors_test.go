@@ -201,7 +201,7 @@ func problemIn(s *status.Status) *pb.Problem {
 func TestProblemTellsTheWholeStory(t *testing.T) {
 	at := time.Unix(1_700_000_000, 5)
 	got := problemIn(status.Convert(toStatus(&lease.Refusal{
-		Reason: machine.ReasonNotHeld, Name: "a", Lease: 2, Token: 3, Current: 8, Last: 9, Since: true,
+		Reason: machine.ReasonNotHeld, Name: "a", Lease: 2, Token: 3, Current: 8, Last: 9, GrantedSince: true,
 		Ended: &machine.Ended{Cause: machine.EndRevoked, By: "ann", At: at.UnixNano()},
 	})))
 	want := &pb.Problem{

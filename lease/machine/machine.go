@@ -69,7 +69,7 @@ type state struct {
 type lease struct {
 	id      LeaseID
 	terms   unique.Handle[leaseTerms]
-	since   int64
+	since   int64       // stamp of its grant
 	session *session    // nil for an own lease
 	acq     acquisition // of an own lease
 }
@@ -125,8 +125,8 @@ type acquisition struct {
 	request RequestID
 	place   uint64 // in its queues; order of arrival, store-wide
 	token   fence.Token
-	since   int64
-	*terms  // never nil; replaced, never changed
+	since   int64 // stamp of when it joined its queues; of the grant once there is one
+	*terms        // never nil; replaced, never changed
 	name    [1]string
 }
 

@@ -327,7 +327,7 @@ func (r *Refusal) notHeld() string {
 	switch {
 	case r.Current != 0:
 		fmt.Fprintf(&b, "; token %d holds it now", r.Current)
-	case r.Since:
+	case r.GrantedSince:
 		fmt.Fprintf(&b, "; it was granted since, last with token %d", r.Last)
 	}
 	return b.String()

@@ -185,7 +185,7 @@ func (m *Machine) notHeld(c *Release, end *Ended) *Refusal {
 	if r.Name != "" {
 		r.Current, _ = m.live(r.Name)
 		r.Last = m.lastOn(r.Name)
-		r.Since = c.Token != 0 && r.Last > c.Token
+		r.GrantedSince = c.Token != 0 && r.Last > c.Token
 	}
 	return r
 }

@@ -66,22 +66,22 @@ const (
 
 // Refusal is a command turned down, with nothing changed. It is an error.
 type Refusal struct {
-	Reason     Reason
-	Name       string      // the lock it speaks of, if one
-	Lease      LeaseID     // the lease it speaks of, if one
-	Token      fence.Token // the token it speaks of, if one
-	Ended      *Ended      // why a lease or hold is gone, when remembered
-	Current    fence.Token // highest token live on Name now; 0 when free
-	Last       fence.Token // last token granted on Name, when known
-	Since      bool        // whether Name was granted to anyone after Token
-	Limit      uint32
-	Asked      uint32
-	Clock      uint64
-	AskedClock uint64
-	ExpiresAt  int64 // of a declared lock that is held, for display
-	Field      string
-	Explain    []Obstacle // why a request would have to wait
-	Circle     []Link     // the deadlock, link by link, ending where it began
+	Reason       Reason
+	Name         string      // the lock it speaks of, if one
+	Lease        LeaseID     // the lease it speaks of, if one
+	Token        fence.Token // the token it speaks of, if one
+	Ended        *Ended      // why a lease or hold is gone, when remembered
+	Current      fence.Token // highest token live on Name now; 0 when free
+	Last         fence.Token // last token granted on Name, when known
+	GrantedSince bool        // whether Name was granted to anyone after Token
+	Limit        uint32
+	Asked        uint32
+	Clock        uint64
+	AskedClock   uint64
+	ExpiresAt    int64 // of a declared lock that is held, for display
+	Field        string
+	Explain      []Obstacle // why a request would have to wait
+	Circle       []Link     // the deadlock, link by link, ending where it began
 }
 
 // EndCause says how a lease or a hold ended.
@@ -136,7 +136,7 @@ type Holder struct {
 	Token     fence.Token
 	Floor     fence.Token
 	Mode      Mode
-	Since     int64
+	Since     int64 // stamp of the grant: nanoseconds since 1970 by the clock of who led, for display
 	LockDelay Duration
 	Actor     string
 	Metadata  []Meta // of the acquisition
@@ -149,7 +149,7 @@ type Waiter struct {
 	Request  RequestID
 	Mode     Mode
 	Limit    uint32
-	Since    int64
+	Since    int64 // stamp of when it joined the queue
 	Actor    string
 	Metadata []Meta
 }
@@ -158,8 +158,8 @@ type Waiter struct {
 type Delay struct {
 	ID       uint64
 	Duration Duration
-	Since    int64
-	Left     Duration // of it when it was marked last; 0 for not marked
+	Since    int64    // stamp of its beginning
+	Left     Duration // what was left of it when it was last marked; 0 when it never was
 }
 
 // Lock is one lock as it stands.
@@ -188,7 +188,7 @@ type Lease struct {
 	TTL      Duration
 	Owner    string
 	Metadata []Meta
-	Since    int64
+	Since    int64     // stamp of its grant
 	Own      bool      // made with an acquisition, ends with it
 	Request  RequestID // of the GrantLease or Acquire that made it
 	Holds    []Hold    // in token order
@@ -200,7 +200,7 @@ type Wait struct {
 	Request RequestID
 	Names   []string
 	Mode    Mode
-	Since   int64
+	Since   int64 // stamp of when it joined its queues
 }
 
 // Lost is a hold under a live lease that ended otherwise than by the word of
