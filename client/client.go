@@ -22,8 +22,11 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"os"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -140,6 +143,11 @@ func New(endpoints []string, opts ...Option) (*Client, error) {
 	if len(endpoints) == 0 {
 		endpoints = []string{DefaultEndpoint}
 	}
+	for _, e := range endpoints {
+		if err := checkEndpoint(e); err != nil {
+			return nil, err
+		}
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	c := &Client{
 		endpoints: endpoints, conns: make([]*grpc.ClientConn, len(endpoints)),
@@ -171,6 +179,33 @@ func New(endpoints []string, opts ...Option) (*Client, error) {
 	return c, nil
 }
 
+// checkEndpoint finds what would never be reached. Whether a host exists shows later.
+func checkEndpoint(endpoint string) error {
+	wrong := func(why string) error {
+		return &Error{
+			Reason: "INVALID_ARGUMENT", Code: codes.InvalidArgument, Field: "endpoint",
+			Message: fmt.Sprintf("endpoint %q: %s; give HOST:PORT, as in %s", endpoint, why, DefaultEndpoint),
+		}
+	}
+	if scheme, _, ok := strings.Cut(endpoint, "://"); ok {
+		return wrong("it begins with " + scheme + "://")
+	}
+	host, port, err := net.SplitHostPort(endpoint)
+	if err != nil {
+		if strings.Count(endpoint, ":") > 1 {
+			return wrong("an address of IPv6 stands in brackets, [::1]:50051")
+		}
+		return wrong("it has no port")
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+		return wrong("its port is not a number from 1 to 65535")
+	}
+	if strings.ContainsAny(host, "/@ \t\n") {
+		return wrong("that is not a host")
+	}
+	return nil
+}
+
 // conn returns the connection to an endpoint.
 func (c *Client) conn(i int) (*grpc.ClientConn, error) {
 	c.mu.Lock()
@@ -198,11 +233,14 @@ func (c *Client) connLocked(i int) (*grpc.ClientConn, error) {
 		}),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 5 * time.Second}),
 		grpc.WithDisableServiceConfig(),
+		// HTTPS_PROXY is for the web: it would see plaintext, and a lock service is near.
+		// Whoever wants one gives a dialer.
+		grpc.WithNoProxy(),
 		// Of a fixed size, for gRPC finds others by pings with every message.
 		grpc.WithStaticStreamWindowSize(1 << 20),
 		grpc.WithStaticConnWindowSize(1 << 20),
 	}, c.dial...)
-	conn, err := grpc.NewClient("passthrough:///"+c.endpoints[i], opts...)
+	conn, err := grpc.NewClient("passthrough:///"+strings.ReplaceAll(c.endpoints[i], "%", "%25"), opts...) // of a zone of IPv6
 	if err != nil {
 		return nil, fmt.Errorf("endpoint %q: %w", c.endpoints[i], err)
 	}

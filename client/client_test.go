@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -593,5 +595,31 @@ func TestARefusalWhoseAnswerWasLost(t *testing.T) {
 		t.Error(err)
 	} else if err := lock.Release(t.Context()); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestEndpointsAreChecked: what would never be reached is said at once, with what is
+// wrong with it.
+func TestEndpointsAreChecked(t *testing.T) {
+	for endpoint, why := range map[string]string{
+		"http://h:50051": "it begins with http://", "https://h:1": "it begins with https://", "h": "it has no port", "": "it has no port",
+		"h:": "its port is not a number", "h:99999": "its port is not a number from 1 to 65535", "h:0": "its port", "h:p": "its port",
+		"h:50051/": "its port", "::1": "in brackets", "2001:db8::1:50051": "in brackets", "a/b:1": "that is not a host", "u@h:1": "that is not a host",
+	} {
+		c, err := client.New([]string{client.DefaultEndpoint, endpoint})
+		if !errors.Is(err, client.ErrInvalid) || !strings.Contains(err.Error(), why) || !strings.Contains(err.Error(), strconv.Quote(endpoint)) {
+			t.Errorf("%q: %v", endpoint, err)
+		}
+		if err == nil {
+			c.Close()
+		}
+	}
+	for _, endpoint := range []string{"h:1", "h.example:65535", "127.0.0.1:50051", "[::1]:50051", "[fe80::1%eth0]:1", ":50051"} {
+		c, err := client.New([]string{endpoint})
+		if err != nil {
+			t.Errorf("%q: %v", endpoint, err)
+			continue
+		}
+		c.Close()
 	}
 }
