@@ -52,6 +52,7 @@ func TestStoreCrashes(t *testing.T) {
 				ended [writers]error
 				wg    sync.WaitGroup
 				begun = make(chan struct{}, enough)
+				first = make(chan struct{}, writers) // of each, which has to connect
 			)
 			run := tables.Add(1)
 			resource := func(i int) string { return fmt.Sprintf("crash-%d/%d", run, i) }
@@ -63,6 +64,9 @@ func TestStoreCrashes(t *testing.T) {
 							return
 						}
 						acked[i] = token
+						if token == 1 {
+							first <- struct{}{}
+						}
 						select {
 						case begun <- struct{}{}:
 						default:
@@ -70,11 +74,16 @@ func TestStoreCrashes(t *testing.T) {
 					}
 				})
 			}
-			for range enough {
-				select {
-				case <-begun:
-				case <-ctx.Done():
-					t.Fatal("the writers are too slow")
+			for _, wait := range []struct {
+				n  int
+				on chan struct{}
+			}{{writers, first}, {enough, begun}} {
+				for range wait.n {
+					select {
+					case <-wait.on:
+					case <-ctx.Done():
+						t.Fatal("the writers are too slow")
+					}
 				}
 			}
 			if err := srv.Crash(); err != nil {
