@@ -133,11 +133,18 @@ func hasVariable(flags *pflag.FlagSet, names ...string) {
 
 const variable = "variable"
 
-// exclusive are flags of which one alone has a meaning: given, it is not held against
-// what the environment says for the other.
-var exclusive = map[string][]string{
-	"in-memory": {"data-dir", "peer-address"}, "peer-address": {"in-memory"}, "data-dir": {"in-memory"},
-	"join": {"initial-cluster"}, "initial-cluster": {"join"},
+// exclusive are pairs of flags of which one alone has a meaning: a flag that is given is
+// not held against what the environment says for the other.
+var exclusive = [][2]string{
+	{"in-memory", "data-dir"}, {"in-memory", "peer-address"}, {"in-memory", "peer-listen"},
+	{"in-memory", "initial-cluster"}, {"in-memory", "join"}, {"initial-cluster", "join"},
+}
+
+// excluded reports whether one of the flags given excludes a flag.
+func excluded(flag string, given map[string]bool) bool {
+	return slices.ContainsFunc(exclusive, func(pair [2]string) bool {
+		return pair[0] == flag && given[pair[1]] || pair[1] == flag && given[pair[0]]
+	})
 }
 
 // fromEnvironment takes flags that were not given from their variables.
@@ -147,7 +154,7 @@ func fromEnvironment(cmd *cobra.Command) error {
 	cmd.Flags().Visit(func(f *pflag.Flag) { given[f.Name] = true })
 	cmd.Flags().VisitAll(func(f *pflag.Flag) {
 		name := f.Annotations[variable]
-		if len(name) == 0 || given[f.Name] || failed != nil || slices.ContainsFunc(exclusive[f.Name], func(other string) bool { return given[other] }) {
+		if len(name) == 0 || given[f.Name] || failed != nil || excluded(f.Name, given) {
 			return
 		}
 		value, ok := os.LookupEnv(name[0])
