@@ -233,12 +233,15 @@ func wake(c chan<- struct{}) {
 // add puts weight to what is under way, or takes it off.
 func (p *Port) add(weight int64) {
 	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.addLocked(weight)
+}
+
+func (p *Port) addLocked(weight int64) {
 	if p.closed {
-		p.mu.Unlock()
 		return
 	}
 	own, all := p.under.Add(weight), p.share.under.Add(weight)
-	p.mu.Unlock()
 	if own < p.max && own-weight >= p.max {
 		wake(p.room)
 	}
@@ -295,12 +298,9 @@ func (c *closing) take(l *loop) {
 	p.mu.Lock()
 	unheard := slices.Concat(p.out, p.staged)
 	p.out, p.losses = nil, nil
+	p.addLocked(-p.under.Load())
 	p.closed = true
-	left := p.under.Load()
 	p.mu.Unlock()
-	if all := p.share.under.Add(-left); all < p.share.max && all+left >= p.share.max {
-		wake(p.share.room)
-	}
 	p.staged, p.lost, p.gone = nil, nil, true
 	delete(l.streams, p.number)
 	for _, tag := range slices.Sorted(maps.Keys(p.open)) {

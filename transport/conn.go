@@ -21,10 +21,9 @@ type conn struct {
 	closed atomic.Bool // gRPC closes a lost connection before it cancels the calls on it
 	box    *outbox     // what waits to be read
 
-	multiplex atomic.Int64 // streams of it that are open
-	share     *lease.Share // of those
-	mu        sync.Mutex
-	ports     map[*lease.Port]struct{} // of those
+	share *lease.Share // of all streams of Multiplex
+	mu    sync.Mutex
+	ports map[*lease.Port]struct{} // of those that are open
 
 	calls    *calls
 	streams  *streams // calls under way, and what is kept of what they ask
@@ -99,16 +98,21 @@ func (l listener) Accept() (net.Conn, error) {
 	return c, nil
 }
 
-// has is told of a port of a stream, and the function that it returns that it is over.
-func (c *conn) has(port *lease.Port) (over func()) {
+// newPort returns a port for one more stream: the nth of a connection has an nth of
+// what one alone has.
+func (c *conn) newPort(m Manager) *lease.Port {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	port := m.NewPort(max(maxUnderWay/(len(c.ports)+1), leastUnderWay), c.share)
 	c.ports[port] = struct{}{}
-	return func() {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		delete(c.ports, port)
-	}
+	return port
+}
+
+// forget is told that a port's stream is over.
+func (c *conn) forget(port *lease.Port) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.ports, port)
 }
 
 // RemoteAddr implements net.Conn.

@@ -45,14 +45,12 @@ type multiplexStream = grpc.BidiStreamingServer[pb.MultiplexRequest, pb.Multiple
 // and both end with the call. Between them stands the manager's port, so that
 // no operation needs a goroutine of its own.
 func (s *streamService) Multiplex(stream multiplexStream) error {
-	under, share := maxUnderWay, lease.NewShare(maxWaits, maxOnConn)
-	if a := connOf(stream.Context()); a != nil {
-		under, share = max(maxUnderWay/int(a.multiplex.Add(1)), leastUnderWay), a.share
-		defer a.multiplex.Add(-1)
-	}
-	port := s.m.NewPort(under, share)
-	if a := connOf(stream.Context()); a != nil {
-		defer a.has(port)()
+	var port *lease.Port
+	if conn := connOf(stream.Context()); conn != nil {
+		port = conn.newPort(s.m)
+		defer conn.forget(port)
+	} else {
+		port = s.m.NewPort(maxUnderWay, lease.NewShare(maxWaits, maxOnConn))
 	}
 	connection := connectionOf(stream)
 	defer func() { port.Close(detached(connection)) }()
@@ -213,7 +211,7 @@ func (w *writer) flush() (err error) {
 	if len(w.replies)+len(w.losses) == 0 {
 		return nil
 	}
-	out, sent := room(len(w.replies)+len(w.losses)), 0
+	out, sent := bufferFor(len(w.replies)+len(w.losses)), 0
 	if w.cluster != nil {
 		id, settled := w.cluster.get()
 		if *out = wire.AppendCluster(*out, id); settled {
@@ -232,7 +230,7 @@ func (w *writer) flush() (err error) {
 			if err := w.send(out, w.replies[sent:i+1]); err != nil {
 				return err
 			}
-			out, sent = room(len(w.replies)-i), i+1
+			out, sent = bufferFor(len(w.replies)-i), i+1
 		}
 	}
 	for _, l := range w.losses {
@@ -247,15 +245,13 @@ func (w *writer) flush() (err error) {
 	return w.send(out, w.replies[sent:])
 }
 
-// room is a buffer for so many answers. gRPC has none between 32 KiB and 1 MiB.
-func room(answers int) *[]byte {
-	return wire.Buffer(min(max(countedBytes, bytesEach*answers), smallAnswer+mostAnswer))
+// bufferFor is a buffer for so many answers, or for as many as one message has.
+func bufferFor(answers int) *[]byte {
+	return wire.Buffer(min(max(countedBytes, bytesEach*answers), largestPooled))
 }
 
-const (
-	bytesEach  = 64      // about what an answer takes
-	mostAnswer = 8 << 10 // what nearly each takes at most
-)
+// bytesEach is about what an answer takes.
+const bytesEach = 64
 
 func (w *writer) send(out *[]byte, replies []lease.Reply) error {
 	if err := w.stream.SendMsg(encoded{out}); err != nil {

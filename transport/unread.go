@@ -424,8 +424,8 @@ func encode(msg any) (*[]byte, error) {
 }
 
 const (
-	smallAnswer = 24 << 10
-	perEntry    = 1 << 10 // of a list
+	smallAnswer = 24 << 10 // beyond it a message ends: it leaves room in largestPooled for one more answer
+	perEntry    = 1 << 10  // of a list
 )
 
 // mayTake is about what the answer to a request takes, 0 for one that does not wait

@@ -164,11 +164,7 @@ var attackKinds = []struct { // the last is a measure of the machine
 	{"small answers that nobody reads", func(c *http2test.Conn) error {
 		err := c.WriteSettings(http2test.Lazy())
 		for err == nil {
-			var id uint32
-			id, err = c.Begin(healthpb.Health_Check_FullMethodName)
-			if err == nil {
-				err = c.WriteData(id, true, make([]byte, 5))
-			}
+			err = checkHealth(c)
 		}
 		return err
 	}},
@@ -185,11 +181,9 @@ var attackKinds = []struct { // the last is a measure of the machine
 	}},
 	{"resets beside calls that are answered", func(c *http2test.Conn) error {
 		for {
-			id, err := c.Begin(healthpb.Health_Check_FullMethodName)
-			if err == nil {
-				err = c.WriteData(id, true, make([]byte, 5))
-			}
+			err := checkHealth(c)
 			for n := 0; n < 20 && err == nil; n++ {
+				var id uint32
 				if id, err = c.Begin(pb.LockService_List_FullMethodName); err == nil {
 					err = c.WriteRSTStream(id, http2.ErrCodeCancel)
 				}
@@ -201,11 +195,7 @@ var attackKinds = []struct { // the last is a measure of the machine
 	}},
 	{"health checks", func(c *http2test.Conn) error {
 		for {
-			id, err := c.Begin(healthpb.Health_Check_FullMethodName)
-			if err == nil {
-				err = c.WriteData(id, true, make([]byte, 5))
-			}
-			if err != nil {
+			if err := checkHealth(c); err != nil {
 				return err
 			}
 		}
@@ -225,6 +215,15 @@ var attackKinds = []struct { // the last is a measure of the machine
 		return io.EOF
 	}},
 	{"HTTP/1", nil},
+}
+
+// checkHealth asks for the health of the server.
+func checkHealth(c *http2test.Conn) error {
+	id, err := c.Begin(healthpb.Health_Check_FullMethodName)
+	if err == nil {
+		err = c.WriteData(id, true, make([]byte, 5))
+	}
+	return err
 }
 
 // itself attacks a listener of the attackers' own.
